@@ -1,0 +1,45 @@
+"""dadvi: Bayesian models on data too large for memory, by data-subsampled ADVI on a Dask cluster, with a certificate."""
+
+from importlib import metadata
+
+from dadvi.advi import ADVI
+from dadvi.errors import ClusterError, DadviError, DataError, InputError, ModelError, WorkError
+from dadvi.families import FullRank, LowRank, MeanField
+from dadvi.fit import fit, full_gradient
+from dadvi.model import Model
+from dadvi.optim import DoWG, PolynomialAveraging, ProximalEntropy, TailAveraging
+from dadvi.posterior import Posterior, load_posterior
+from dadvi.sharding import ShardedDataset, ingest, open_shards, write_shards
+from dadvi.supports import Constrained, Flat, ordered
+
+__version__ = metadata.version("dadvi")
+
+__all__ = [
+    "ADVI",
+    "ClusterError",
+    "Constrained",
+    "DadviError",
+    "DataError",
+    "DoWG",
+    "Flat",
+    "FullRank",
+    "InputError",
+    "LowRank",
+    "MeanField",
+    "Model",
+    "ModelError",
+    "PolynomialAveraging",
+    "Posterior",
+    "ProximalEntropy",
+    "ShardedDataset",
+    "TailAveraging",
+    "WorkError",
+    "__version__",
+    "fit",
+    "full_gradient",
+    "ingest",
+    "load_posterior",
+    "open_shards",
+    "ordered",
+    "write_shards",
+]

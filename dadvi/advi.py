@@ -1,0 +1,302 @@
+"""Stochastic ADVI: minibatches of chunks, draws, a torch optimiser, an average of its iterates.
+
+    θ ← θ + step(∇ÊLBO(θ)),   ∇ÊLBO from draws η_k = t(θ, ε_k) and  (C/m) Σ_{c in batch} ∇ℓ_c(η_k)
+
+with C chunks in all and m in the batch: unbiased, ragged chunks included. Kucukelbir et al. (2017), "Automatic differentiation
+variational inference"; averaging and stopping follow Dhaka et al. (2020), "Robust, accurate stochastic optimization for
+variational inference". The search runs in coordinates whitened at a warm start, so a learning rate is in posterior sds a step.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from dadvi.elbo import Design, Entropy, Estimate, draw_noise, estimate, log_joint
+from dadvi.errors import InputError
+from dadvi.executors import Executor
+from dadvi.families import Family
+from dadvi.optim import Averaging, OptimizerFactory, make_averaging, make_optimizer, make_schedule, settled
+from dadvi.passes import Gradient
+from dadvi.posterior import Fitted, Status, TraceRow
+from dadvi.quadratic import Certificate, certify, curvature_chunks, measure_curvature
+from dadvi.sharding import sampling
+from dadvi.subsample import Subsample, warm_start
+from dadvi.types import FloatArray, IntArray, Purpose, random_stream
+from dadvi.whitening import Whitening
+
+STRETCH_STEPS = 25
+"""Iterates are averaged and judged in stretches of whole epochs with at least this many steps."""
+
+DEFAULT_PASSES = 50.0
+DEFAULT_STEPS = 2_000
+"""Without max_passes a run ends after `DEFAULT_PASSES`, or on small data after `DEFAULT_STEPS`, whichever is later."""
+
+MAX_SKIPPED = 10
+"""Steps in a row without a finite gradient before a run counts as diverged."""
+
+ALLOWED_FALL = 10.0
+"""Nats per coordinate by which the ELBO may fall below its best before a run counts as diverged."""
+
+
+@dataclass(frozen=True)
+class ADVI:
+    """Settings of stochastic ADVI.
+
+    Parameters
+    ----------
+    batch_rows
+        Rows of a minibatch, rounded to whole chunks; at least one chunk.
+    num_draws
+        K, draws of the latents a step.
+    optimizer
+        ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"dowg"`` (Khaled et al. 2023), ``"proximal"`` (Domke 2020), or any
+        first-order class of torch.optim, or a functools.partial of one.
+    learning_rate
+        In posterior sds; None for the optimiser's default.
+    schedule
+        ``"constant"``, ``"inverse_sqrt"`` or ``"cosine"``: how the learning rate changes on the way to `max_passes`.
+    averaging
+        ``"tail"``, ``"polynomial"``, ``"none"``, or a rule of `dadvi.optim`.
+    estimator
+        How the entropy enters: ``"closed_form"``, ``"stl"`` (path derivative) or ``"monte_carlo"``.
+    design
+        Of the draws: ``"random"``, ``"antithetic"`` or ``"orthogonal"``.
+    fixed_draws
+        The same noise at every step (sample-average approximation) instead of fresh noise.
+    subsample_rows
+        Rows of the resident subsample that the warm start is fitted to, rounded to whole chunks.
+    rhat_max
+        The average counts as settled when R-hat of the iterates is at most this and its MCSE at most a third of `tol`.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of its range.
+
+    """
+
+    batch_rows: int = 65_536
+    num_draws: int = 8
+    optimizer: str | OptimizerFactory = "adam"
+    learning_rate: float | None = None
+    schedule: str = "constant"
+    averaging: str | Averaging[Any] = "tail"
+    estimator: Entropy = "closed_form"
+    design: Design = "antithetic"
+    fixed_draws: bool = False
+    subsample_rows: int = 20_000
+    rhat_max: float = 1.1
+
+    def __post_init__(self) -> None:
+        if self.batch_rows < 1 or self.subsample_rows < 1:
+            raise InputError(f"batch_rows={self.batch_rows}, subsample_rows={self.subsample_rows}: both must be at least 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate={self.learning_rate}: it must be positive and finite, in posterior sds a step")
+        if self.estimator not in get_args(Entropy):
+            raise InputError(f"unknown estimator {self.estimator!r}: use one of {', '.join(map(repr, get_args(Entropy)))}")
+        draw_noise(self.design, self.num_draws, 1, np.random.default_rng(0))  # refuses an impossible design
+        make_averaging(self.averaging)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as a JSON object."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value if isinstance(value, str | int | float | None) else repr(value) for name, value in values.items()}
+
+    def fit(
+        self,
+        executor: Executor,
+        family: Family,
+        *,
+        tol: float,
+        max_passes: float | None,
+        seed: int,
+        report: Callable[[TraceRow], None],
+    ) -> Fitted:
+        """Fit the family on the executor's data.
+
+        Ends "converged" when the certificate is within `tol`, "stopped" at `max_passes`, "diverged" when steps are no longer finite
+        or the ELBO falls far below its best. A certificate costs a pass: it is asked for once the average has settled, again each
+        time the run has grown by half, and at the end.
+        """
+        search = _Search(self, executor, family, max_passes, seed, report)
+        certified_at = 0
+        while True:
+            search.run_stretch()
+            if search.trouble:
+                return search.fitted("diverged", f"{search.trouble}; the result is the average before that")
+            settling = settled(np.stack(search.history), tol / 3, self.rhat_max)
+            search.record("epochs", search.elbo, rhat=settling.rhat, mcse=settling.mcse)
+            if search.exhausted or (settling.settled and len(search.history) >= 1.5 * certified_at):
+                certified_at = len(search.history)
+                certificate, elbo = certify(executor, search.best, seed)
+                search.record("certificate", elbo, certificate=certificate.max if certificate else math.nan)
+                if certificate is not None and certificate.within(tol):
+                    return search.fitted("converged", f"the certificate is within tol={tol:g}", elbo, certificate)
+                if search.exhausted:
+                    how = "after its average had settled" if settling.settled else "before its average settled"
+                    return search.fitted("stopped", f"max_passes={search.max_passes:g} reached, {how}", elbo, certificate)
+
+
+@dataclass(eq=False)
+class _Stretch:
+    """Running means over the steps of some whole epochs."""
+
+    weight: int = 0
+    elbo: float = 0.0
+    iterate: FloatArray | float = 0.0  # (2D,): v and log scale
+
+    def add(self, weight: int, elbo: float, iterate: FloatArray) -> None:
+        self.weight += weight
+        self.elbo += (elbo - self.elbo) * weight / self.weight
+        self.iterate = self.iterate + (iterate - self.iterate) * (weight / self.weight)
+
+
+class _Search:
+    """The iterates of one run: where they are, how they got there, and their average."""
+
+    def __init__(
+        self,
+        settings: ADVI,
+        executor: Executor,
+        family: Family,
+        max_passes: float | None,
+        seed: int,
+        report: Callable[[TraceRow], None],
+    ) -> None:
+        manifest = executor.data.manifest
+        self.settings, self.executor, self.family, self.seed, self._report = settings, executor, family, seed, report
+        self.batch_chunks = min(manifest.num_chunks, max(1, round(settings.batch_rows / manifest.chunk_rows)))
+        steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks)
+        self.stretch_epochs = -(-STRETCH_STEPS // steps_per_epoch)
+        self.max_passes = max(DEFAULT_PASSES, DEFAULT_STEPS / steps_per_epoch) if max_passes is None else max_passes
+        self.step = self.epoch = self.skipped = 0
+        self.trace: list[TraceRow] = []
+        self.history: list[FloatArray] = []
+        self.elbo = -math.inf
+        self.trouble = ""
+        self._started = time.perf_counter()
+        self._other_rows = 0
+
+        self.whitening = self._whitening()
+        dim = len(self.whitening.center)
+        zeros, ones = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
+        self.theta = family.init(zeros, ones, random_stream(seed, Purpose.FAMILY))
+        self.optimizer = make_optimizer(settings.optimizer, self._groups(), settings.learning_rate)
+        self.energy_only = getattr(self.optimizer, "takes_energy_gradient", False)
+        if self.energy_only and settings.estimator != "closed_form":
+            raise InputError(
+                f"optimizer {settings.optimizer!r} takes the step of the entropy by itself, so estimator={settings.estimator!r} has no "
+                f"place in it; use estimator='closed_form'"
+            )
+        self.schedule = make_schedule(settings.schedule, self.optimizer, math.ceil(self.max_passes * steps_per_epoch))
+        self.averaging = make_averaging(settings.averaging)
+        self.average = self.averaging.init(self.theta)
+        self.best = self.whitening.member(family, self.averaging.value(self.average))
+
+    def _whitening(self) -> Whitening:
+        """Fit the resident subsample, then measure the curvature of the full-data log posterior about its mean."""
+        manifest, data = self.executor.data.manifest, self.executor.data
+        num_chunks = min(manifest.num_chunks, max(1, round(self.settings.subsample_rows / manifest.chunk_rows)))
+        chunks = sampling.subsample(manifest, num_chunks, self.seed)
+        self._other_rows = int(manifest.chunk_sizes[chunks].sum())
+        q = warm_start(Subsample.load(self.executor.model, data, chunks.tolist()), self.seed)
+        chosen = curvature_chunks(manifest, q.dim, self.seed)
+        curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed)
+        return Whitening.around(q.loc, curvature)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        for parameter in self.theta.values():
+            parameter.requires_grad_()
+        entropy = {"entropy": True} if self.family.linear_scale else {}
+        others = [parameter for name, parameter in self.theta.items() if name != "log_scale"]
+        return [{"params": others}, {"params": [self.theta["log_scale"]], **entropy}]
+
+    @property
+    def passes(self) -> float:
+        """Rows read so far, over N."""
+        return (self.executor.rows_read + self._other_rows) / self.executor.data.num_rows
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run has had its passes."""
+        return self.passes >= self.max_passes
+
+    def run_stretch(self) -> None:
+        """Take the steps of some whole epochs; unless there was trouble, move `best` to the new average."""
+        stretch = _Stretch()
+        for _ in range(self.stretch_epochs):
+            order = sampling.epoch_order(self.executor.data.manifest, self.seed, self.epoch)
+            for chunks in sampling.batches(order, self.batch_chunks):
+                self._take_step(chunks, stretch)
+                if self.trouble:
+                    return
+            self.epoch += 1
+            if self.exhausted:
+                break
+        if stretch.elbo < self.elbo - ALLOWED_FALL * self.best.dim:
+            self.trouble = f"the ELBO fell from {self.elbo:.8g} to {stretch.elbo:.8g} at step {self.step}; lower the learning rate"
+            return
+        self.elbo = max(self.elbo, stretch.elbo)
+        self.average = self.averaging.end_epoch(self.average)
+        self.best = self.whitening.member(self.family, self.averaging.value(self.average))
+        self.history.append(np.asarray(stretch.iterate))
+
+    def _take_step(self, chunks: IntArray, stretch: _Stretch) -> None:
+        self.step += 1
+        est = self._estimate(chunks)
+        grad = self.whitening.pull_back(est.energy_grad if self.energy_only else est.grad)
+        if not (math.isfinite(est.elbo) and all(bool(g.isfinite().all()) for g in grad.values())):
+            self.skipped += 1
+            if self.skipped >= MAX_SKIPPED:
+                self.trouble = f"{self.skipped} steps in a row up to step {self.step} had no finite gradient"
+            return
+        self.skipped = 0
+        for name, parameter in self.theta.items():
+            parameter.grad = -grad[name]  # torch minimises
+        self.optimizer.step()
+        self.schedule.step()
+        self.average = self.averaging.update(self.average, self.theta)
+        self._report(self._row("step", est.elbo))
+        stretch.add(len(chunks), est.elbo, torch.cat([self.theta["loc"], self.theta["log_scale"]]).detach().numpy())
+
+    def _estimate(self, chunks: IntArray) -> Estimate:
+        """Return the ELBO of θ and its gradient in u-space, from one minibatch."""
+        settings, whitening = self.settings, self.whitening
+        rng = random_stream(self.seed, Purpose.DRAWS, 0 if settings.fixed_draws else self.step)
+        dim = self.family.noise_dim(len(whitening.center))
+        noise = draw_noise(settings.design, settings.num_draws, dim, rng, fixed=settings.fixed_draws)
+        params = {name: value.detach() for name, value in whitening.params(self.theta).items()}
+        eta = whitening.center + whitening.unit * self.family.transform(params, noise)
+        sums = self.executor.run(Gradient(eta.numpy()), chunks, check=self.epoch == 0, label=f"step {self.step}")
+        factor = self.executor.data.manifest.num_chunks / len(chunks)
+        log_lik, log_lik_grad = (factor * torch.from_numpy(part) for part in sums)
+        value, grad = log_joint(self.executor.model.model, eta, log_lik, log_lik_grad)
+        est = estimate(self.family, params, noise, value, grad * whitening.unit, settings.estimator)
+        return replace(est, elbo=est.elbo + float(whitening.unit.log().sum()))
+
+    def record(self, phase: str, elbo: float, **figures: float) -> None:
+        """Add a row to the trace and report it."""
+        row = self._row(phase, elbo, **figures)
+        self.trace.append(row)
+        self._report(row)
+
+    def _row(self, phase: str, elbo: float, **figures: float) -> TraceRow:
+        rows_read = self.executor.rows_read + self._other_rows
+        return TraceRow(phase, self.step, self.passes, rows_read, time.perf_counter() - self._started, elbo, **figures)
+
+    def fitted(self, status: Status, reason: str, elbo: float | None = None, certificate: Certificate | None = None) -> Fitted:
+        """Return the result."""
+        return Fitted(
+            q=self.best,
+            status=status,
+            reason=reason,
+            elbo=self.elbo if elbo is None else elbo,
+            passes=self.passes,
+            certificate=certificate,
+            trace=tuple(self.trace),
+        )

@@ -1,0 +1,202 @@
+"""The front door: check what was given, choose method and executor, fit, and hand back a posterior."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from distributed import Client
+from torch import Tensor
+
+from dadvi.advi import ADVI
+from dadvi.checkpoint import RunDirectory
+from dadvi.errors import InputError, ModelError
+from dadvi.executors import make_executor, versions
+from dadvi.families import Family, make_family
+from dadvi.likelihood import BoundModel, bind
+from dadvi.model import Model
+from dadvi.passes import Gradient
+from dadvi.posterior import Coords, Posterior, TraceRow
+from dadvi.progress import make_reporter
+from dadvi.sharding import ShardedDataset
+
+CHECK_ROWS = 2_048
+"""Rows of each of two chunks on which the likelihood is checked before a fit."""
+
+
+def fit(
+    model: Model,
+    data: ShardedDataset,
+    *,
+    method: ADVI | Literal["auto"] = "auto",
+    family: str | Family = "mean_field",
+    client: Client | str | None = None,
+    num_workers: int | None = None,
+    tol: float = 0.1,
+    max_passes: float | None = None,
+    seed: int = 0,
+    run_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    callbacks: Iterable[Callable[[TraceRow], None]] = (),
+) -> Posterior:
+    """Fit a Gaussian variational posterior to all the data.
+
+    Parameters
+    ----------
+    model, data
+        What to fit, and to what.
+    method
+        ``"auto"``, or the settings of a method, such as ``ADVI(batch_rows=16_384)``.
+    family
+        ``"mean_field"``, ``"full_rank"``, ``"low_rank"``, or a family object such as ``LowRank(rank=5)``.
+    client
+        Who works: a `distributed.Client`, a scheduler's address, ``"serial"`` for this process, or None: this process while
+        the data are small (256 MiB), otherwise local single-threaded worker processes. The result has the same bits.
+    num_workers
+        With None for `client`: start that many local worker processes.
+    tol
+        Converged means: within `tol` posterior sds of the optimum, by the certificate.
+    max_passes
+        Where to stop at the latest, in passes over the data.
+    seed
+        The result is a function of (model, data, settings, seed).
+    run_dir
+        Directory to write the posterior, trace and settings to, when the fit has ended.
+    overwrite
+        Whether an earlier run in `run_dir` may be replaced.
+    progress
+        Show progress on stderr: live on a terminal, else in lines; None shows it on a terminal only.
+    callbacks
+        Called with a `TraceRow` after every step (phase "step") and for every row of the trace.
+
+    Raises
+    ------
+    ModelError
+        If the model and the data do not go together.
+    DataError
+        If rows are not finite or outside the likelihood's support, or cannot be read.
+    ClusterError
+        If the cluster cannot be used.
+    InputError
+        If a setting is out of its range.
+
+    """
+    settings, chosen = _method(method), make_family(family)
+    if not 0 < tol < np.inf:
+        raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
+    if max_passes is not None and not 0 < max_passes < np.inf:
+        raise InputError(f"max_passes={max_passes}: it must be positive and finite")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed={seed!r}: it must be a whole number, at least 0")
+    _check_types(model, data)
+    coords = _coords(model, data)
+    bound = bind_to(model, data)
+    directory = RunDirectory(run_dir, overwrite=overwrite) if run_dir is not None else None
+    with make_executor(bound, data, client, num_workers) as executor, make_reporter(progress, max_passes, callbacks) as report:
+        result = settings.fit(executor, chosen, tol=tol, max_passes=max_passes, seed=seed, report=report)
+    posterior = Posterior(
+        space=model.space,
+        unconstrained=result.q,
+        status=result.status,
+        reason=result.reason,
+        elbo=result.elbo,
+        passes=result.passes,
+        certificate=result.certificate,
+        records=result.trace,
+        coords=coords,
+        settings={
+            "method": {"name": type(settings).__name__, **settings.describe()},
+            "family": {"name": chosen.name, **asdict(chosen)},  # type: ignore[call-overload]
+            "tol": tol,
+            "max_passes": max_passes,
+            "seed": seed,
+            "data": {"location": str(data.location), "digest": data.digest, "num_rows": data.num_rows},
+            "versions": versions(),
+        },
+    )
+    if directory is not None:
+        directory.write(posterior)
+    return posterior
+
+
+def full_gradient(
+    model: Model, data: ShardedDataset, eta: Tensor, *, client: Client | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return log-likelihood and gradient sums over all rows at K unconstrained points, by one pass.
+
+    Parameters
+    ----------
+    eta
+        Unconstrained points (K, D), or one (D,).
+    client
+        As in `fit`.
+
+    Returns
+    -------
+    log_lik, grad
+        (K,) and (K, D), float64: Σ_i ℓ_i(η_k) and Σ_i ∇ℓ_i(η_k); prior and log-det are not in them.
+
+    Raises
+    ------
+    InputError
+        If `eta` has another number of coordinates than the model.
+
+    """
+    _check_types(model, data)
+    points = torch.atleast_2d(torch.as_tensor(eta, dtype=torch.float64)).detach()
+    if points.dim() != 2 or points.shape[1] != model.dim:
+        raise InputError(f"eta has shape {tuple(points.shape)}; it must be (K, {model.dim}) for {model!r}")
+    with make_executor(bind_to(model, data), data, client) as executor:
+        sums = executor.run(Gradient(points.numpy()), check=not data.manifest.finite)
+    return torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad)
+
+
+def bind_to(model: Model, data: ShardedDataset) -> BoundModel:
+    """Check a model against rows of the first and the last chunk of a data set, and resolve its names."""
+    manifest = data.manifest
+    chunks = []
+    for chunk in sorted({0, manifest.num_chunks - 1}):
+        batch = {name: values[:CHECK_ROWS] for name, values in data.read(chunk).items()}
+        chunks.append((manifest.rows(chunk)[0], batch))
+    return bind(model, {name: values.dtype for name, values in chunks[0][1].items()}, chunks)
+
+
+def _method(method: Any) -> ADVI:
+    if method == "auto":
+        return ADVI()
+    if not isinstance(method, ADVI):
+        raise InputError(f"method={method!r}: use 'auto' or the settings of a method, such as dadvi.ADVI()")
+    return method
+
+
+def _check_types(model: Any, data: Any) -> None:
+    if not isinstance(model, Model):
+        raise ModelError(f"model is a {type(model).__name__}; give a dadvi.Model")
+    if not isinstance(data, ShardedDataset):
+        raise InputError(f"data is a {type(data).__name__}; give what dadvi.open_shards or dadvi.write_shards returns")
+
+
+def _coords(model: Model, data: ShardedDataset) -> Coords:
+    """Return the labels of the dimensions that the model names after fields: their categories, or their columns."""
+    coords = {}
+    for site in model.space.sites:
+        if site.name not in model.dims:
+            continue
+        dims = []
+        for size, name in zip(site.shape, model.dims[site.name], strict=True):
+            if name not in data.fields:
+                raise ModelError(f"dims of {site.name!r} name {name!r}, which is not a field of the data ({', '.join(data.fields)})")
+            labels = data.fields[name].categories or data.fields[name].columns
+            if labels is None:
+                raise ModelError(f"dims of {site.name!r} name the field {name!r}, which has neither categories nor columns to label with")
+            if len(labels) != size:
+                raise ModelError(
+                    f"{site.name!r} has {size} elements along {name!r}, and the field has {len(labels)} labels; make them agree"
+                )
+            dims.append((name, tuple(map(str, labels))))
+        coords[site.name] = tuple(dims)
+    return coords

@@ -1,0 +1,185 @@
+"""What a pass can sum over rows, and how one shard is summed.
+
+A pass is a pure function of (model, batch, arguments). It is summed over a shard's chunks in order, by one thread on one worker, and
+over shards by a fixed tree, so that the result has the same bits wherever and in whatever order shards are worked on.
+Sums are float64 whatever the dtype of the rows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dadvi.errors import DataError, InputError, WorkError
+from dadvi.likelihood import BoundModel
+from dadvi.sharding import ShardedDataset
+from dadvi.types import Batch, FloatArray
+
+Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
+"""What a pass yields: a NamedTuple of float64 arrays, summed elementwise."""
+
+
+class Pass(ABC, Generic[Sums]):
+    """A quantity summed over rows; its arguments are the fields of a frozen dataclass."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def on_chunk(self, model: BoundModel, batch: Batch) -> Sums:
+        """Return the sums over the rows of one chunk."""
+
+
+class LogLikSums(NamedTuple):
+    """Sums of ℓ_i."""
+
+    log_lik: FloatArray  # (K,)
+
+
+@dataclass(frozen=True)
+class LogLik(Pass[LogLikSums]):
+    """Log-likelihoods Σ_i ℓ_i(η_k) at K points."""
+
+    name: ClassVar[str] = "log_lik"
+    points: FloatArray  # (K, D) unconstrained
+
+    def on_chunk(self, model: BoundModel, batch: Batch) -> LogLikSums:
+        """Return the log-likelihoods of one chunk."""
+        with torch.no_grad():
+            return LogLikSums(model.log_lik(torch.from_numpy(self.points), batch).numpy())
+
+
+class GradientSums(NamedTuple):
+    """Sums of ℓ_i and of its gradient."""
+
+    log_lik: FloatArray  # (K,)
+    grad: FloatArray  # (K, D)
+
+
+@dataclass(frozen=True)
+class Gradient(Pass[GradientSums]):
+    """Log-likelihoods and gradients Σ_i ∇ℓ_i(η_k) at K points, by reverse-mode automatic differentiation."""
+
+    name: ClassVar[str] = "gradient"
+    points: FloatArray  # (K, D) unconstrained
+
+    def on_chunk(self, model: BoundModel, batch: Batch) -> GradientSums:
+        """Return the log-likelihoods and gradients of one chunk."""
+        eta = torch.tensor(self.points, requires_grad=True)
+        log_lik = model.log_lik(eta, batch)
+        (grad,) = torch.autograd.grad(log_lik.sum(), eta, allow_unused=True, materialize_grads=True)
+        return GradientSums(log_lik.detach().numpy(), grad.numpy())
+
+
+class HessianSums(NamedTuple):
+    """Sums of Hessian-vector products."""
+
+    products: FloatArray  # (T, D)
+
+
+@dataclass(frozen=True)
+class HessianVector(Pass[HessianSums]):
+    """Hessian-vector products mean_k Σ_i ∇²ℓ_i(η_k) v_t at T tangents, by reverse over reverse (Pearlmutter 1994)."""
+
+    name: ClassVar[str] = "hessian_vector"
+    points: FloatArray  # (K, D) unconstrained
+    tangents: FloatArray  # (T, D)
+    tangents_at_once: ClassVar[int] = 32  # bounds memory to that many times a gradient's
+
+    def on_chunk(self, model: BoundModel, batch: Batch) -> HessianSums:
+        """Return the products of one chunk."""
+        eta = torch.tensor(self.points, requires_grad=True)
+        log_lik = model.log_lik(eta, batch)
+        (grad,) = torch.autograd.grad(log_lik.sum(), eta, create_graph=True, allow_unused=True, materialize_grads=True)
+        if not grad.requires_grad:  # linear in η
+            return HessianSums(np.zeros_like(self.tangents))
+        products = []
+        for part in torch.from_numpy(self.tangents).split(self.tangents_at_once):
+            outputs = part[:, None].expand(-1, *eta.shape)  # (t, K, D): the same tangent at every point
+            (product,) = torch.autograd.grad(
+                grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            products.append(product.mean(1))
+        return HessianSums(torch.cat(products).numpy())
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """Return the elementwise sum of two results of the same pass."""
+    return _like(a, [x + y for x, y in zip(a, b, strict=True)])
+
+
+def scale(sums: Sums, factor: float) -> Sums:
+    """Return the sums times a factor."""
+    return _like(sums, [factor * x for x in sums])
+
+
+def _like(sums: Sums, values: list[FloatArray]) -> Sums:
+    make: Any = type(sums)._make  # type: ignore[attr-defined]
+    made: Sums = make(values)
+    return made
+
+
+def tree_sum(parts: Sequence[Sums]) -> Sums:
+    """Reduce results in the order given by a fixed pairwise tree: ((0+1)+(2+3))+..."""
+    if not parts:
+        raise InputError("no chunks to sum over")
+    level = list(parts)
+    while len(level) > 1:
+        level = [reduce(add, level[i : i + 2]) for i in range(0, len(level), 2)]
+    return level[0]
+
+
+def sum_shard(
+    work: Pass[Sums], model: BoundModel, data: ShardedDataset, chunks: Sequence[int], *, check: bool = False
+) -> Sums:
+    """Sum a pass over chunks of one shard, in the order of `chunks`.
+
+    Parameters
+    ----------
+    check
+        Check the rows as they are read: set when they are read for the first time.
+
+    Raises
+    ------
+    DataError
+        If a row is refused, or a chunk cannot be read; with shard and chunk.
+    WorkError
+        If the pass fails; with shard and chunk.
+
+    """
+    total: Sums | None = None
+    with single_thread():
+        for chunk in chunks:
+            where = f"shard {data.manifest.shard(chunk)}, chunk {chunk}"
+            try:
+                batch = data.read(chunk, model.fields)
+                if check:
+                    model.check_rows(batch, data.manifest.rows(chunk)[0])
+                part = work.on_chunk(model, batch)
+            except InputError as error:
+                raise type(error)(str(error) if where in str(error) else f"{error} ({where})") from error
+            except OSError as error:  # may pass: the executor retries it
+                raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
+            except Exception as error:
+                first, last = data.manifest.rows(chunk)
+                raise WorkError(f"pass {work.name!r} failed on {where} (rows {first} to {last - 1}): {type(error).__name__}: {error}") from error
+            total = part if total is None else add(total, part)
+    if total is None:
+        raise DataError(f"pass {work.name!r} was given no chunks")
+    return total
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Run torch on one thread: parallelism comes from workers, and the bits must not depend on how many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

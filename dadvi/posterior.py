@@ -1,0 +1,309 @@
+"""The result of a fit: a Gaussian over unconstrained latents, what it means for the latents, and how well it was fitted."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+import zarr
+from torch import Tensor
+
+from dadvi.errors import DataError, InputError
+from dadvi.families import FAMILIES, Family, Gaussian
+from dadvi.quadratic import Certificate
+from dadvi.sharding.location import Location, Options, open_store, resolve
+from dadvi.sharding.output import output
+from dadvi.supports import support_from_json, support_to_json
+from dadvi.transforms import LatentSpace, Site
+from dadvi.types import Purpose, random_stream
+
+Status = Literal["converged", "stopped", "diverged"]
+
+Coords: TypeAlias = Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
+"""Latent to (dimension's name, its labels), one for each of the latent's dimensions."""
+
+FORMAT = 1
+"""Version of the stored form of a posterior. A newer one is refused, an older one must still be read."""
+
+ATTRIBUTE = "dadvi_posterior"
+
+QUADRATURE_NODES = 64
+SUMMARY_DRAWS = 20_000
+
+
+@dataclass(frozen=True)
+class TraceRow:
+    """One line of a run's trace."""
+
+    phase: str  # what the row tells of: "epochs", "certificate"
+    step: int  # stochastic steps so far
+    passes: float  # rows read so far, over N
+    rows_read: int
+    seconds: float  # since the run started
+    elbo: float  # of the phase: mean over its steps, or on all the data for a certificate
+    rhat: float = math.nan  # largest split R-hat of the iterates
+    mcse: float = math.nan  # largest Monte Carlo standard error of their average, in posterior sds
+    certificate: float = math.nan  # largest predicted distance to the optimum, in posterior sds
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What a solver returns."""
+
+    q: Gaussian
+    status: Status
+    reason: str
+    elbo: float
+    passes: float
+    certificate: Certificate | None
+    trace: tuple[TraceRow, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """A fitted posterior.
+
+    `unconstrained` is the member of the variational family, with ``loc`` (D,), ``stddev`` (D,) and ``covariance_matrix`` (D, D).
+    `status` is "converged" (the certificate is within the tolerance), "stopped" or "diverged", and `reason` says why the run ended.
+    `certificate` is None where the run ended without one. `elbo` is in nats, `passes` is rows read over N.
+    """
+
+    space: LatentSpace
+    unconstrained: Gaussian
+    status: Status
+    reason: str
+    elbo: float
+    passes: float
+    certificate: Certificate | None
+    records: tuple[TraceRow, ...] = ()
+    coords: Coords = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trace(self) -> pd.DataFrame:
+        """The run's trace, a row for each `TraceRow`."""
+        return pd.DataFrame([asdict(row) for row in self.records], columns=[each.name for each in fields(TraceRow)])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Which latent each of the D unconstrained coordinates belongs to, such as "beta[3]"."""
+        return tuple(
+            label
+            for site in self.space.sites
+            for label in (self._labels(site) if site.unconstrained_shape == site.shape else site.labels)
+        )
+
+    def sample(self, num_draws: int, seed: int = 0) -> dict[str, Tensor]:
+        """Return independent draws of the latents, name to (num_draws, *shape), float64.
+
+        Raises
+        ------
+        InputError
+            If `num_draws` is below 1.
+
+        """
+        return self._draw(num_draws, seed)[0]
+
+    def _draw(self, num_draws: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        if num_draws < 1:
+            raise InputError(f"num_draws={num_draws}: at least 1 is needed")
+        eta = self.unconstrained.rsample(num_draws, random_stream(seed, Purpose.POSTERIOR))
+        return self.space.constrain(eta)[0], eta
+
+    def summary(self, quantiles: Sequence[float] = (0.05, 0.5, 0.95)) -> pd.DataFrame:
+        """Return mean, sd and quantiles of every scalar of every latent.
+
+        For latents transformed element by element they are exact, by Gauss-Hermite quadrature and the transform of the Gaussian's
+        quantiles; for others, such as a simplex, they are those of 20 000 draws.
+
+        Raises
+        ------
+        InputError
+            If a quantile is not strictly between 0 and 1.
+
+        """
+        if not all(0 < p < 1 for p in quantiles):
+            raise InputError(f"quantiles={tuple(quantiles)}: each must be strictly between 0 and 1")
+        columns = ["mean", "sd", *(f"{100 * p:g}%" for p in quantiles)]
+        tables = []
+        draws: dict[str, Tensor] | None = None
+        for site in self.space.sites:
+            if site.unconstrained_shape == site.shape:
+                values = self._elementwise_summary(site, quantiles)
+            else:
+                draws = draws or self.sample(SUMMARY_DRAWS)
+                z = draws[site.name].reshape(SUMMARY_DRAWS, -1)
+                values = torch.stack([z.mean(0), z.std(0), *(z.quantile(p, dim=0) for p in quantiles)])
+            tables.append(pd.DataFrame(values.T.numpy(), index=self._labels(site), columns=columns))
+        return pd.concat(tables)
+
+    def _elementwise_summary(self, site: Site, quantiles: Sequence[float]) -> Tensor:
+        """Return (2 + quantiles, size) for a site whose transform acts on each element by itself."""
+        block = slice(site.offset, site.offset + site.size)
+        loc, sd = self.unconstrained.loc[block], self.unconstrained.stddev[block]
+
+        def at(standard: Tensor) -> Tensor:
+            """Map standard normal values (n,) of every coordinate to the latent, (n, size)."""
+            return site.constrain(loc + standard[:, None] * sd)[0].reshape(len(standard), -1)
+
+        nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_NODES)
+        w = torch.from_numpy(weights / weights.sum())
+        z = at(torch.from_numpy(nodes))
+        mean = w @ z
+        deviation = (w @ (z - mean).square()).sqrt()
+        p = torch.tensor(list(quantiles), dtype=torch.float64)
+        standard = torch.distributions.Normal(0.0, 1.0).icdf(torch.stack([p, 1 - p]).flatten())
+        rising, falling = at(standard).reshape(2, len(p), -1)  # onto an upper-bounded support the transform falls
+        levels = torch.where(z[-1] >= z[0], rising, falling)
+        return torch.cat([mean[None], deviation[None], levels])
+
+    def _labels(self, site: Site) -> list[str]:
+        """Return a label for each scalar of a constrained latent, by coordinate name where there is one."""
+        axes: Iterable[Sequence[object]] = [range(size) for size in site.shape]
+        if site.name in self.coords:
+            axes = [labels for _, labels in self.coords[site.name]]
+        index = pd.MultiIndex.from_product(axes) if site.shape else [()]
+        return [f"{site.name}[{', '.join(map(str, at))}]" if at else site.name for at in index]
+
+    def to_datatree(self, num_draws: int = 1_000, seed: int = 0) -> xr.DataTree:
+        """Return draws as an xarray DataTree in ArviZ's layout.
+
+        The group ``posterior`` has variables (chain=1, draw, *shape), with coordinates from category and column names where the
+        model names its dimensions; ``sample_stats`` has ``log_q``, the log-density of each draw under q. How well the posterior
+        was fitted is in the attributes.
+        """
+        latents, eta = self._draw(num_draws, seed)
+        coords: dict[str, Any] = {"chain": [0], "draw": np.arange(num_draws)}
+        variables = {}
+        for site in self.space.sites:
+            dims = [f"{site.name}_dim_{axis}" for axis in range(len(site.shape))]
+            if site.name in self.coords:
+                dims = [name for name, _ in self.coords[site.name]]
+                coords |= {name: list(labels) for name, labels in self.coords[site.name]}
+            else:
+                coords |= {dim: np.arange(size) for dim, size in zip(dims, site.shape, strict=True)}
+            variables[site.name] = (("chain", "draw", *dims), latents[site.name].numpy()[None])
+        stats = {"log_q": (("chain", "draw"), self.unconstrained.log_prob(eta).numpy()[None])}
+        attributes: dict[str, Any] = {
+            "inference_library": "dadvi",
+            "family": self.unconstrained.family.name,
+            "status": self.status,
+            "reason": self.reason,
+            "elbo": self.elbo,
+            "passes": self.passes,
+        }
+        if self.certificate is not None:
+            attributes |= {f"certificate_{name}": value for name, value in asdict(self.certificate).items()}
+        shared = {name: coords[name] for name in ("chain", "draw")}
+        groups = {
+            "posterior": xr.Dataset(variables, coords, attributes),
+            "sample_stats": xr.Dataset(stats, shared, {"inference_library": "dadvi"}),
+        }
+        return xr.DataTree.from_dict(groups)
+
+    def save(self, location: Location, *, overwrite: bool = False, storage_options: Options = None) -> None:
+        """Write the posterior as a Zarr group with a JSON description: no code, nothing pickled. It appears whole or not at all.
+
+        Raises
+        ------
+        DataError
+            If something exists at `location` (unless `overwrite`), or nothing can be written there.
+
+        """
+        params = {name: value.detach().numpy() for name, value in self.unconstrained.params.items()}
+        document = self._to_json()
+        with output(location, overwrite=overwrite, options=storage_options) as target:
+            group = target.create_group()
+            for name, value in params.items():
+                group.create_array(name, data=value)
+            group.attrs[ATTRIBUTE] = {"document": document, "digest": _digest(document, params)}
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "sites": [
+                {"name": site.name, "shape": list(site.shape), "support": support_to_json(site.support)} for site in self.space.sites
+            ],
+            "family": {"name": self.unconstrained.family.name, **asdict(self.unconstrained.family)},  # type: ignore[call-overload]
+            "status": self.status,
+            "reason": self.reason,
+            "elbo": self.elbo,
+            "passes": self.passes,
+            "certificate": _without_nan(asdict(self.certificate)) if self.certificate else None,
+            "trace": [_without_nan(asdict(row)) for row in self.records],
+            "coords": {name: [[dim, list(labels)] for dim, labels in dims] for name, dims in self.coords.items()},
+            "settings": dict(self.settings),
+        }
+
+
+def load_posterior(location: Location, storage_options: Options = None) -> Posterior:
+    """Read a posterior that `Posterior.save` wrote. Nothing stored in it is executed.
+
+    Raises
+    ------
+    DataError
+        If there is no posterior at `location`, it was written by a later version, or any part of it has changed since.
+
+    """
+    resolved = resolve(location, storage_options)
+    try:
+        group = zarr.open_group(open_store(resolved, storage_options, read_only=True), mode="r")
+        stored = group.attrs[ATTRIBUTE]
+        document, recorded = stored["document"], stored["digest"]  # type: ignore[index, call-overload]
+        later = document["format"] > FORMAT
+        params = {} if later else {name: np.asarray(array[...]) for name, array in group.arrays()}
+    except DataError:
+        raise
+    except Exception as error:
+        # Damaged bytes make a store, a codec or a lookup raise anything.
+        raise DataError(f"{resolved} does not hold a posterior that can be read ({error!r}); give what Posterior.save wrote") from error
+    if later:
+        raise DataError(f"{resolved} has format {document['format']}; this version of dadvi reads up to {FORMAT}: upgrade dadvi")
+    actual = _digest(document, params)
+    if actual != recorded:
+        raise DataError(f"{resolved} has changed since it was written: its digest is {actual}, and {recorded} was recorded; fit again")
+    return _from_json(document, params)
+
+
+def _from_json(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> Posterior:
+    settings = dict(document["family"])
+    family: Family = FAMILIES[settings.pop("name")](**settings)
+    certificate = document["certificate"]
+    return Posterior(
+        space=LatentSpace.of(
+            {site["name"]: (site["shape"], support_from_json(site["support"])) for site in document["sites"]}
+        ),
+        unconstrained=Gaussian(family, {name: torch.from_numpy(value) for name, value in params.items()}),
+        status=document["status"],
+        reason=document["reason"],
+        elbo=document["elbo"],
+        passes=document["passes"],
+        certificate=Certificate(**_with_nan(certificate)) if certificate else None,
+        records=tuple(TraceRow(**_with_nan(row)) for row in document["trace"]),
+        coords={name: tuple((dim, tuple(labels)) for dim, labels in dims) for name, dims in document["coords"].items()},
+        settings=document["settings"],
+    )
+
+
+def _digest(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> str:
+    """Return the sha256 of the description and of every parameter, name, shape and bits."""
+    digest = sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+    for name, value in sorted(params.items()):
+        digest.update(f"{name}{value.dtype.str}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace nan, which JSON lacks, by None."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+
+
+def _with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in values.items()}

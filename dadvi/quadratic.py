@@ -1,0 +1,207 @@
+"""The quadratic model of log π about q: its curvature, measured by Hessian-vector passes, and the certificate that follows.
+
+    P = −E_q[∇² log π]  (D, D)
+
+Made positive definite by absolute eigenvalues, P whitens the search (posterior sds become the unit of every step) and predicts the
+distance to the optimum from the full-data gradient: δ = P⁻¹ E_q[∇ log π]. In posterior sds, δ is the certificate.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dadvi.elbo import draw_noise, log_joint
+from dadvi.executors import Executor
+from dadvi.families import FullRank, Gaussian, MeanField
+from dadvi.model import Model
+from dadvi.passes import Gradient, HessianVector
+from dadvi.sharding import Manifest
+from dadvi.sharding.sampling import subsample
+from dadvi.types import FloatArray, Purpose, random_stream
+
+DENSE_LIMIT = 2_000
+"""Up to this many coordinates the curvature is measured and held as a dense matrix; beyond, its diagonal is estimated."""
+
+CURVATURE_WORK = 1e8
+"""Rows times tangents spent on one measurement of the curvature; beyond, a sample of chunks stands for the data."""
+
+DIAGONAL_PROBES = 32
+CERTIFICATE_DRAWS = 16
+_SMALLEST = 1e-12  # eigenvalues below this fraction of the largest are noise in float64
+
+
+class Curvature(ABC):
+    """A positive definite precision P, with P⁻¹ = R Rᵀ for a root R."""
+
+    precision_diagonal: Tensor  # P_jj (D,)
+
+    @abstractmethod
+    def root_times(self, v: Tensor) -> Tensor:
+        """Return R v (D,): v has unit covariance where R v has covariance P⁻¹."""
+
+    @abstractmethod
+    def root_transpose_times(self, g: Tensor) -> Tensor:
+        """Return Rᵀ g (D,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCurvature(Curvature):
+    """A curvature known in full."""
+
+    precision_diagonal: Tensor  # (D,)
+    root: Tensor  # R (D, D)
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "DenseCurvature":
+        """Build from a symmetric matrix (D, D), which may be indefinite.
+
+        Eigenvalues are taken after scaling to a unit diagonal, so that the coordinates' units do not matter, and in absolute
+        value, so that the step P⁻¹g is uphill also where log π is not concave.
+        """
+        diagonal = matrix.diagonal().abs()
+        unit = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()  # (D,)
+        eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2 / unit[:, None] / unit)
+        eigenvalues = eigenvalues.abs()
+        eigenvalues = eigenvalues.clamp(min=_SMALLEST * float(eigenvalues.max().clamp(min=_SMALLEST)))
+        return cls(
+            precision_diagonal=(vectors.square() @ eigenvalues) * unit.square(),
+            root=(vectors * eigenvalues.rsqrt()) @ vectors.T / unit[:, None],
+        )
+
+    @property
+    def stddev(self) -> Tensor:
+        """Posterior sds √(P⁻¹)_jj (D,) of the quadratic model."""
+        return self.root.square().sum(1).sqrt()
+
+    def root_times(self, v: Tensor) -> Tensor:
+        """Return R v (D,)."""
+        return self.root @ v
+
+    def root_transpose_times(self, g: Tensor) -> Tensor:
+        """Return Rᵀ g (D,)."""
+        return self.root.T @ g
+
+    def solve(self, g: Tensor) -> Tensor:
+        """Return P⁻¹ g (D,)."""
+        return self.root @ (self.root.T @ g)
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalCurvature(Curvature):
+    """The diagonal of a curvature too large to be held in full."""
+
+    precision_diagonal: Tensor  # (D,)
+
+    def root_times(self, v: Tensor) -> Tensor:
+        """Return v / √P_jj."""
+        return v * self.precision_diagonal.rsqrt()
+
+    def root_transpose_times(self, g: Tensor) -> Tensor:
+        """Return g / √P_jj."""
+        return g * self.precision_diagonal.rsqrt()
+
+
+def curvature_of(hessian_times: Callable[[FloatArray], Tensor], dim: int, seed: int) -> Curvature:
+    """Measure a curvature through products with its matrix.
+
+    Parameters
+    ----------
+    hessian_times
+        Maps tangents (T, D) to products (T, D) with −E_q[∇² log π].
+    dim
+        D. Up to `DENSE_LIMIT` the unit vectors are the tangents; beyond, the diagonal is estimated from random ±1 probes
+        (Bekas, Kokiopoulou & Saad 2007).
+
+    """
+    if dim <= DENSE_LIMIT:
+        return DenseCurvature.of(hessian_times(np.eye(dim)))
+    probes = random_stream(seed, Purpose.CURVATURE).choice([-1.0, 1.0], size=(DIAGONAL_PROBES, dim))
+    diagonal = (torch.from_numpy(probes) * hessian_times(probes)).mean(0).abs()
+    return DiagonalCurvature(diagonal.clamp(min=_SMALLEST * float(diagonal.max())))
+
+
+def measure_curvature(executor: Executor, eta: Tensor, chunks: Sequence[int], seed: int) -> Curvature:
+    """Measure −mean_k ∇² log π(η_k) at points η (K, D) on the chunks given, which stand for all the data.
+
+    The sum over m of C chunks is scaled by C/m; prior and log-det enter once.
+    """
+    factor = executor.data.manifest.num_chunks / len(chunks)
+
+    def hessian_times(tangents: FloatArray) -> Tensor:
+        sums = executor.run(HessianVector(eta.numpy(), tangents), chunks, label="curvature")
+        return -(factor * torch.from_numpy(sums.products) + prior_products(executor.model.model, eta, tangents))
+
+    return curvature_of(hessian_times, eta.shape[1], seed)
+
+
+def curvature_chunks(manifest: Manifest, dim: int, seed: int) -> Sequence[int]:
+    """Return as many chunks as `CURVATURE_WORK` allows for: all of them, or a random sample."""
+    tangents = dim if dim <= DENSE_LIMIT else DIAGONAL_PROBES
+    num_chunks = max(1, int(CURVATURE_WORK / tangents / manifest.chunk_rows))
+    if num_chunks >= manifest.num_chunks:
+        return range(manifest.num_chunks)
+    return [int(chunk) for chunk in subsample(manifest, num_chunks, seed, step=1)]
+
+
+def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
+    """Return the mean over points η (K, D) of Hessian-vector products (T, D) of log p(T(η)) + log|det J_T(η)|."""
+    eta = eta.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(model.log_prior(eta).sum(), eta, create_graph=True)
+    if not grad.requires_grad:  # linear in η
+        return torch.zeros(tangents.shape, dtype=eta.dtype)
+    products = [
+        torch.autograd.grad(grad, eta, v.expand_as(eta), retain_graph=True, allow_unused=True, materialize_grads=True)[0].mean(0)
+        for v in torch.from_numpy(tangents)
+    ]
+    return torch.stack(products)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far q is from the ELBO's optimum, as the full-data gradient and the curvature predict it.
+
+    `max` and `rms` are over the coordinates of the mean, in posterior sds. `sd_error` is the largest relative error of q's sds
+    against the family's optimum; nan for a family whose optimal sds do not follow from the curvature alone.
+    """
+
+    max: float
+    rms: float
+    sd_error: float
+
+    def within(self, tol: float) -> bool:
+        """Tell whether means are within `tol` posterior sds, and sds, where that is known, within a fraction `tol`."""
+        return self.max <= tol and not self.sd_error > tol
+
+
+def certify(executor: Executor, q: Gaussian, seed: int) -> tuple[Certificate | None, float]:
+    """Return the certificate of q and its ELBO, from one pass of gradients over all the data.
+
+    None stands for the certificate where D exceeds `DENSE_LIMIT`: without the curvature in full there is no distance.
+    The draws are antithetic, which takes the noise of a quadratic log π out of the mean gradient.
+    """
+    noise = draw_noise("orthogonal", CERTIFICATE_DRAWS, q.family.noise_dim(q.dim), random_stream(seed, Purpose.CERTIFICATE))
+    eta = q.transform(noise)
+    sums = executor.run(Gradient(eta.numpy()), label="certificate")
+    value, grad = log_joint(executor.model.model, eta, torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad))
+    elbo = float(value.mean() + q.entropy())
+    half = CERTIFICATE_DRAWS // 2
+    pair = eta[[0, half]]  # one antithetic pair
+    curvature = measure_curvature(executor, pair, curvature_chunks(executor.data.manifest, q.dim, seed), seed)
+    if not isinstance(curvature, DenseCurvature):
+        return None, elbo
+    distance = curvature.solve(grad.mean(0)) / curvature.stddev
+    return Certificate(float(distance.abs().max()), float(distance.square().mean().sqrt()), _sd_error(q, curvature)), elbo
+
+
+def _sd_error(q: Gaussian, curvature: DenseCurvature) -> float:
+    if isinstance(q.family, MeanField):
+        optimum = curvature.precision_diagonal.rsqrt()  # the ELBO's optimum has E_q[−∂²_j log π] = 1/σ_j²
+    elif isinstance(q.family, FullRank):
+        optimum = curvature.stddev
+    else:
+        return float("nan")
+    return float((q.stddev / optimum - 1).abs().max())

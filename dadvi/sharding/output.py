@@ -1,0 +1,140 @@
+"""Output that appears whole or not at all.
+
+A local data set is written under a temporary name beside its final one and renamed when complete, so that a reader, or
+a crash, never meets half of it, and what was there before is replaced only by a complete one. Other stores have no
+rename: there the manifest is written last, and a group without it does not open.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import zarr
+from zarr.abc.store import Store
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from dadvi.errors import DataError
+from dadvi.sharding.location import Location, Options, open_store, resolve
+from dadvi.sharding.manifest import FORMAT
+from dadvi.sharding.reader import ATTRIBUTE, is_group
+
+
+class Output:
+    """Where to write one data set."""
+
+    def __init__(self, store: Store, scratch: Path | None) -> None:
+        self.scratch = scratch
+        """A directory on the same disk for temporary files; None when the output is not on a local disk."""
+        self.started = False
+        """Whether the store was touched."""
+        self._store = store
+
+    def create_group(self) -> zarr.Group:
+        """Return an empty group at the root, replacing what was there; it is unfinished until it gets its manifest."""
+        self.started = True
+        return zarr.create_group(self._store, overwrite=True, attributes={ATTRIBUTE: {"format": FORMAT}})
+
+
+def _is_zarr_group(path: Path) -> bool:
+    return is_group(LocalStore(path, read_only=True))
+
+
+@contextmanager
+def output(location: Location, *, overwrite: bool = False, options: Options = None) -> Iterator[Output]:
+    """Give a place to write; keep what was written if the body succeeds, and remove it if not.
+
+    Parameters
+    ----------
+    location
+        A path, a URL, or a Zarr store.
+    overwrite
+        Whether a Zarr group that is there already may be replaced. At a path it is replaced after the new one is
+        complete; a URL or store is cleared when the writing starts.
+    options
+        What fsspec needs to reach a URL.
+
+    Raises
+    ------
+    DataError
+        At once, when there is something at the location that must not be replaced, or nothing can be written there.
+    """
+    resolved = resolve(location, options)
+    if isinstance(resolved, Path):
+        with staged(resolved, overwrite=overwrite) as directory:
+            yield Output(LocalStore(directory), resolved.parent)
+        return
+    store = open_store(resolved, options, read_only=False)
+    if store.read_only:
+        raise DataError(f"{resolved} is read-only; open it for writing")
+    if not sync(store.is_empty("")):
+        _check_replaceable(resolved, overwrite, replaceable=is_group(store))
+    target = Output(store, None)
+    try:
+        yield target
+    except BaseException:
+        if target.started:
+            sync(store.delete_dir(""))
+        raise
+
+
+@contextmanager
+def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], bool] = _is_zarr_group) -> Iterator[Path]:
+    """Give an empty directory that becomes `path` if the body succeeds, and is removed if not.
+
+    Parameters
+    ----------
+    path
+        Where the directory is to appear.
+    overwrite
+        Whether an earlier one may be replaced.
+    is_ours
+        Tells whether what stands at `path` is of the kind that may be replaced.
+
+    Raises
+    ------
+    DataError
+        At once, when something stands at `path` that must not be replaced, or nothing can be written beside it.
+    """
+    if path.exists():
+        empty = path.is_dir() and not any(path.iterdir())
+        _check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
+    directory = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        directory.mkdir()
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {path.parent}: {error.strerror}; create that directory, or choose one that can be written"
+        ) from error
+    try:
+        yield directory
+        _rename(directory, path, overwrite)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _rename(directory: Path, path: Path, overwrite: bool) -> None:
+    if not (overwrite and path.exists()):
+        directory.rename(path)
+        return
+    old = directory.with_suffix(".old")
+    path.rename(old)
+    try:
+        directory.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def _check_replaceable(where: Path | str | Store, overwrite: bool, *, replaceable: bool) -> None:
+    """Raise DataError when what is at the location must not be replaced."""
+    if not replaceable:
+        raise DataError(
+            f"{where} exists and is nothing that dadvi wrote, so it is not overwritten; "
+            "choose another output or remove it"
+        )
+    if not overwrite:
+        raise DataError(f"{where} exists; choose another output, or replace it with overwrite=True (--overwrite)")

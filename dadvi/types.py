@@ -1,0 +1,37 @@
+"""The names that every part shares: batches, latents, and the purposes of random streams."""
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Batch: TypeAlias = Mapping[str, Tensor]
+"""The tensors of one chunk by field name, each of shape (rows, *row shape)."""
+
+Latents: TypeAlias = Mapping[str, Tensor]
+"""Constrained latents by name, each of shape (K, *shape) for K draws, or (*shape) for one."""
+
+FloatArray: TypeAlias = NDArray[np.float64]
+IntArray: TypeAlias = NDArray[np.int64]
+
+
+class Purpose(IntEnum):
+    """What a random stream is for. Two purposes never share a stream; a number, once given, keeps its meaning."""
+
+    SHUFFLE = 0
+    EPOCH = 1
+    DRAWS = 2
+    SUBSAMPLE = 3
+    POSTERIOR = 4
+    CHECK = 5
+    CERTIFICATE = 6
+    CURVATURE = 7
+    FAMILY = 8
+
+
+def random_stream(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:
+    """Return the generator of (seed, purpose, step): independent streams, never seed arithmetic."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(purpose), step))))
