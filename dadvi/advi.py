@@ -133,7 +133,7 @@ class ADVI:
             search.record("epochs", search.elbo, rhat=settling.rhat, mcse=settling.mcse)
             if search.exhausted or (settling.settled and len(search.history) >= 1.5 * certified_at):
                 certified_at = len(search.history)
-                certificate, elbo = certify(executor, search.best, seed)
+                certificate, elbo = certify(executor, search.q, seed)
                 search.record("certificate", elbo, certificate=certificate.max if certificate else math.nan)
                 if certificate is not None and certificate.within(tol):
                     return search.fitted("converged", f"the certificate is within tol={tol:g}", elbo, certificate)
@@ -177,7 +177,7 @@ class _Search:
         self.step = self.epoch = self.skipped = 0
         self.trace: list[TraceRow] = []
         self.history: list[FloatArray] = []
-        self.elbo = -math.inf
+        self.elbo = self.best_elbo = -math.inf
         self.trouble = ""
         self._started = time.perf_counter()
         self._other_rows = 0
@@ -196,7 +196,7 @@ class _Search:
         self.schedule = make_schedule(settings.schedule, self.optimizer, math.ceil(self.max_passes * steps_per_epoch))
         self.averaging = make_averaging(settings.averaging)
         self.average = self.averaging.init(self.theta)
-        self.best = self.whitening.member(family, self.averaging.value(self.average))
+        self.q = self.whitening.member(self.averaging.value(self.average))
 
     def _whitening(self) -> Whitening:
         """Fit the resident subsample, then measure the curvature of the full-data log posterior about its mean."""
@@ -207,7 +207,7 @@ class _Search:
         q = warm_start(Subsample.load(self.executor.model, data, chunks.tolist()), self.seed)
         chosen = curvature_chunks(manifest, q.dim, self.seed)
         curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed)
-        return Whitening.around(q.loc, curvature)
+        return Whitening.around(self.family, q.loc, curvature)
 
     def _groups(self) -> list[dict[str, Any]]:
         for parameter in self.theta.values():
@@ -227,7 +227,7 @@ class _Search:
         return self.passes >= self.max_passes
 
     def run_stretch(self) -> None:
-        """Take the steps of some whole epochs; unless there was trouble, move `best` to the new average."""
+        """Take the steps of some whole epochs; unless there was trouble, move `q` to the new average."""
         stretch = _Stretch()
         for _ in range(self.stretch_epochs):
             order = sampling.epoch_order(self.executor.data.manifest, self.seed, self.epoch)
@@ -238,12 +238,13 @@ class _Search:
             self.epoch += 1
             if self.exhausted:
                 break
-        if stretch.elbo < self.elbo - ALLOWED_FALL * self.best.dim:
-            self.trouble = f"the ELBO fell from {self.elbo:.8g} to {stretch.elbo:.8g} at step {self.step}; lower the learning rate"
+        if stretch.elbo < self.best_elbo - ALLOWED_FALL * self.q.dim:
+            self.trouble = f"the ELBO fell from {self.best_elbo:.8g} to {stretch.elbo:.8g} at step {self.step}; lower the learning rate"
             return
-        self.elbo = max(self.elbo, stretch.elbo)
+        self.elbo = stretch.elbo
+        self.best_elbo = max(self.best_elbo, stretch.elbo)
         self.average = self.averaging.end_epoch(self.average)
-        self.best = self.whitening.member(self.family, self.averaging.value(self.average))
+        self.q = self.whitening.member(self.averaging.value(self.average))
         self.history.append(np.asarray(stretch.iterate))
 
     def _take_step(self, chunks: IntArray, stretch: _Stretch) -> None:
@@ -271,13 +272,13 @@ class _Search:
         dim = self.family.noise_dim(len(whitening.center))
         noise = draw_noise(settings.design, settings.num_draws, dim, rng, fixed=settings.fixed_draws)
         params = {name: value.detach() for name, value in whitening.params(self.theta).items()}
-        eta = whitening.center + whitening.unit * self.family.transform(params, noise)
+        eta = whitening.to_eta(self.family.transform(params, noise))
         sums = self.executor.run(Gradient(eta.numpy()), chunks, check=self.epoch == 0, label=f"step {self.step}")
         factor = self.executor.data.manifest.num_chunks / len(chunks)
         log_lik, log_lik_grad = (factor * torch.from_numpy(part) for part in sums)
         value, grad = log_joint(self.executor.model.model, eta, log_lik, log_lik_grad)
-        est = estimate(self.family, params, noise, value, grad * whitening.unit, settings.estimator)
-        return replace(est, elbo=est.elbo + float(whitening.unit.log().sum()))
+        est = estimate(self.family, params, noise, value, whitening.grad_to_u(grad), settings.estimator)
+        return replace(est, elbo=est.elbo + float(whitening.log_det))
 
     def record(self, phase: str, elbo: float, **figures: float) -> None:
         """Add a row to the trace and report it."""
@@ -292,7 +293,7 @@ class _Search:
     def fitted(self, status: Status, reason: str, elbo: float | None = None, certificate: Certificate | None = None) -> Fitted:
         """Return the result."""
         return Fitted(
-            q=self.best,
+            q=self.q,
             status=status,
             reason=reason,
             elbo=self.elbo if elbo is None else elbo,

@@ -53,8 +53,10 @@ def log_joint(model: Model, eta: Tensor, log_lik: Tensor, log_lik_grad: Tensor) 
     """
     eta = eta.detach().requires_grad_()
     prior = model.log_prior(eta)  # (K,)
-    (prior_grad,) = torch.autograd.grad(prior.sum(), eta)
-    return prior.detach() + log_lik, prior_grad + log_lik_grad
+    if prior.requires_grad:  # unlike a flat prior's
+        (prior_grad,) = torch.autograd.grad(prior.sum(), eta)
+        log_lik_grad = prior_grad + log_lik_grad
+    return prior.detach() + log_lik, log_lik_grad
 
 
 def estimate(

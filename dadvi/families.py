@@ -31,10 +31,12 @@ class Family(ABC):
     name: ClassVar[str]
     linear_scale: ClassVar[bool]
     """Whether η = μ + Lε with L triangular and ``log_scale`` its log diagonal, so that the entropy is Σ log_scale + const."""
+    takes_rotation: ClassVar[bool] = False
+    """Whether the family is closed under linear maps, and so can be fitted in coordinates that are fully whitened."""
 
     @abstractmethod
     def init(self, loc: Tensor, scale: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Return parameters of a member centred at `loc` (D,) with marginal sds near `scale` (D,)."""
+        """Return parameters of a member centred at `loc` (D,) with sds near `scale` (D,) and hardly any correlation."""
 
     def noise_dim(self, dim: int) -> int:
         """Return the length of ε for a D-vector η."""
@@ -50,7 +52,10 @@ class Family(ABC):
 
     @abstractmethod
     def affine(self, params: Params, shift: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """Return the parameters of shift + scale·η for η ~ q, elementwise: shift (D,), scale (D,) > 0."""
+        """Return the parameters of shift + scale·η for η ~ q, with shift (D,).
+
+        `scale` is (D,), positive and elementwise, or, for a family with `takes_rotation`, lower triangular (D, D).
+        """
 
     def log_prob(self, params: Params, eta: Tensor) -> Tensor:
         """Return log q(η) (K,) at η (K, D)."""
@@ -102,6 +107,7 @@ class FullRank(Family):
 
     name: ClassVar[str] = "full_rank"
     linear_scale: ClassVar[bool] = True
+    takes_rotation: ClassVar[bool] = True
 
     def init(self, loc: Tensor, scale: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the member N(loc, diag(scale²))."""
@@ -120,12 +126,10 @@ class FullRank(Family):
         return MultivariateNormal(params["loc"], scale_tril=self.scale_tril(params))
 
     def affine(self, params: Params, shift: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """Return the parameters of shift + scale·η."""
-        return {
-            "loc": shift + scale * params["loc"],
-            "log_scale": params["log_scale"] + scale.log(),
-            "lower": scale[:, None] * params["lower"],
-        }
+        """Return the parameters of shift + scale·η, with `scale` (D,) or lower triangular (D, D)."""
+        scale = scale.diag() if scale.dim() == 1 else scale
+        tril = scale @ self.scale_tril(params)
+        return {"loc": shift + scale @ params["loc"], "log_scale": tril.diagonal().log(), "lower": tril.tril(-1)}
 
 
 @dataclass(frozen=True)

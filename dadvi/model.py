@@ -4,6 +4,7 @@
 log p(T(η)) + log|det J_T(η)|. What it takes to evaluate the likelihood on data is in `dadvi.likelihood`.
 """
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from dadvi.errors import ModelError
 from dadvi.supports import support_to_json
@@ -126,6 +127,19 @@ def over_draws(function: Callable[..., Any], latents: Latents, *, vectorised: bo
     return torch.stack([function({name: z[k] for name, z in latents.items()}) for k in range(num_draws)])
 
 
+def double(value: Any) -> Any:
+    """Return a distribution with its tensors in float64: torch scores in the dtype of the parameters, and θ is float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list | tuple):
+        return type(value)(double(each) for each in value)
+    if isinstance(value, Distribution | Transform):
+        copied = copy.copy(value)
+        copied.__dict__ = {name: double(each) for name, each in copied.__dict__.items()}
+        return copied
+    return value
+
+
 _lock = threading.Lock()
 _depth = 0
 _validated_outside = True
@@ -165,7 +179,7 @@ class _SitePrior:
         """Return the distribution given one draw of the parents."""
         if isinstance(self.spec, Distribution):
             return self.spec
-        return self.spec(**{parent: latents[parent] for parent in self.parents})
+        return double(self.spec(**{parent: latents[parent] for parent in self.parents}))
 
     def log_prob(self, latents: Latents) -> Tensor:
         """Return log p(z | parents) (K,) for K draws."""
@@ -189,7 +203,8 @@ def _resolve(prior: Mapping[str, Prior]) -> tuple[list[_SitePrior], LatentSpace,
     for name, spec in prior.items():
         if not (isinstance(name, str) and name.isidentifier()):
             raise ModelError(f"latent name {name!r} is not an identifier; the likelihood could not take it as an argument")
-        site_prior = _SitePrior(name, spec, _parents(name, spec, latents))
+        parents = _parents(name, spec, latents)
+        site_prior = _SitePrior(name, double(spec) if isinstance(spec, Distribution) else spec, parents)
         distribution = _evaluate(site_prior, latents)
         shape = distribution.batch_shape + distribution.event_shape
         offset = sites[-1].offset + sites[-1].size if sites else 0

@@ -97,7 +97,7 @@ class Posterior:
         return tuple(
             label
             for site in self.space.sites
-            for label in (self._labels(site) if site.unconstrained_shape == site.shape else site.labels)
+            for label in (self._labels(site) if site.elementwise else site.labels)
         )
 
     def sample(self, num_draws: int, seed: int = 0) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class Posterior:
         tables = []
         draws: dict[str, Tensor] | None = None
         for site in self.space.sites:
-            if site.unconstrained_shape == site.shape:
+            if site.elementwise:
                 values = self._elementwise_summary(site, quantiles)
             else:
                 draws = draws or self.sample(SUMMARY_DRAWS)

@@ -53,7 +53,7 @@ class DenseCurvature(Curvature):
     """A curvature known in full."""
 
     precision_diagonal: Tensor  # (D,)
-    root: Tensor  # R (D, D)
+    root: Tensor  # R (D, D), lower triangular with a positive diagonal
 
     @classmethod
     def of(cls, matrix: Tensor) -> "DenseCurvature":
@@ -67,10 +67,10 @@ class DenseCurvature(Curvature):
         eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2 / unit[:, None] / unit)
         eigenvalues = eigenvalues.abs()
         eigenvalues = eigenvalues.clamp(min=_SMALLEST * float(eigenvalues.max().clamp(min=_SMALLEST)))
-        return cls(
-            precision_diagonal=(vectors.square() @ eigenvalues) * unit.square(),
-            root=(vectors * eigenvalues.rsqrt()) @ vectors.T / unit[:, None],
-        )
+        # R Rᵀ = P⁻¹ holds for (V Λ^-½), and so for the triangular factor of its QR decomposition, without squaring Λ's range.
+        upper = torch.linalg.qr((vectors * eigenvalues.rsqrt()).T, mode="r").R
+        root = upper.T * upper.diagonal().sign() / unit[:, None]
+        return cls(precision_diagonal=(vectors.square() @ eigenvalues) * unit.square(), root=root)
 
     @property
     def stddev(self) -> Tensor:
@@ -150,8 +150,9 @@ def curvature_chunks(manifest: Manifest, dim: int, seed: int) -> Sequence[int]:
 def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
     """Return the mean over points η (K, D) of Hessian-vector products (T, D) of log p(T(η)) + log|det J_T(η)|."""
     eta = eta.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(model.log_prior(eta).sum(), eta, create_graph=True)
-    if not grad.requires_grad:  # linear in η
+    prior = model.log_prior(eta).sum()
+    grad = torch.autograd.grad(prior, eta, create_graph=True)[0] if prior.requires_grad else prior
+    if not grad.requires_grad:  # constant or linear in η
         return torch.zeros(tangents.shape, dtype=eta.dtype)
     products = [
         torch.autograd.grad(grad, eta, v.expand_as(eta), retain_graph=True, allow_unused=True, materialize_grads=True)[0].mean(0)

@@ -292,6 +292,14 @@ class Site:
         return self.bijection.unconstrained_shape
 
     @property
+    def elementwise(self) -> bool:
+        """Whether each element of a draw depends on its own coordinate only."""
+        support = self.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        return support.event_dim == 0 and not isinstance(support, Cat | Stack)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """A name for each coordinate: "tau" of a scalar, "beta[3]", "W[0,2]", by its index in unconstrained_shape."""
         indices = product(*map(range, self.unconstrained_shape))

@@ -27,7 +27,7 @@ class Settling:
     """What the recent history of the iterates says."""
 
     epochs: int  # length of the window looked at, the last half of the history
-    rhat: float  # largest split R-hat over the parameters; inf when it cannot be told yet
+    rhat: float  # RMS of split R-hat over the parameters; inf when it cannot be told yet
     mcse: float  # largest MCSE of the window's mean, in posterior sds; inf when it cannot be told yet
     settled: bool  # both are within their limits
 
@@ -93,7 +93,7 @@ def settled(history: FloatArray, tol: float, rhat_max: float = 1.1, min_epochs: 
     if len(history) < min_epochs or not np.isfinite(history).all():
         return Settling(len(window), math.inf, math.inf, settled=False)
     still = np.ptp(window, axis=0) <= tol / 100  # (P,)
-    rhat = float(np.where(still, 1.0, split_rhat(window)).max())
+    rhat = float(np.sqrt(np.mean(np.square(np.where(still, 1.0, split_rhat(window))))))
     error = float(mcse(window).max())
     return Settling(len(window), rhat, error, settled=rhat <= rhat_max and error <= tol)
 

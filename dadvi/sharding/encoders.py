@@ -48,7 +48,7 @@ class Moments:
     @classmethod
     def of(cls, values: NDArray[Any]) -> Self:
         """Return the moments of values (rows, p), with at least one row."""
-        wide = values.astype(np.float64)
+        wide = values.astype(np.float64, copy=False)
         # An overflow makes the variance infinite or NaN, which is refused where it is used.
         with np.errstate(over="ignore", invalid="ignore"):
             mean = wide.mean(axis=0)
@@ -76,7 +76,9 @@ class NumericEncoder:
 
     def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
         """Return the stacked columns, (rows,) or (rows, p)."""
-        values = np.stack([column.to_numpy(zero_copy_only=False).astype(self._dtype) for column in columns], axis=1)
+        values = np.stack(
+            [column.to_numpy(zero_copy_only=False).astype(self._dtype, copy=False) for column in columns], axis=1
+        )
         if len(values):
             low, high = values.min(axis=0), values.max(axis=0)
             self._low = low if self._low is None else np.minimum(self._low, low)

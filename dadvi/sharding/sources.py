@@ -87,7 +87,10 @@ def _torch_source(name: str, tensor: torch.Tensor) -> Source:
 
 
 def _dask_source(name: str, array: Any) -> Source:
-    if not hasattr(array, "numblocks") or not hasattr(array, "dtype"):
+    # Slow to import, and there is nothing of its kind in a process that has not imported it.
+    from dask.array import Array
+
+    if not isinstance(array, Array):
         raise DataError(
             f"field '{name}' is a Dask {type(array).__name__}, not an array; "
             "convert it, for instance with `.to_dask_array(lengths=True)`"

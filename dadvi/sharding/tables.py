@@ -25,7 +25,8 @@ FORMATS = {
     **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
 }
 """Format by the end of a file's name."""
-BATCH_ROWS = 65_536
+BATCH_BYTES = 8 * 2**20
+MAX_BATCH_ROWS = 65_536
 CSV_BLOCK_BYTES = 4 * 2**20
 
 Sources: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -171,7 +172,7 @@ def _schema(kind: str, system: Any, path: str) -> Any:
 
 
 def _parquet_batches(file: Any, schema: Any) -> Iterator[Any]:
-    return pa.parquet.ParquetFile(file).iter_batches(BATCH_ROWS, columns=schema.names, use_threads=False)  # type: ignore[no-any-return]
+    return pa.parquet.ParquetFile(file).iter_batches(_batch_rows(schema), columns=schema.names, use_threads=False)  # type: ignore[no-any-return]
 
 
 def _csv_batches(file: Any, schema: Any) -> Iterator[Any]:
@@ -198,9 +199,10 @@ def _arrow_batches(file: Any, schema: Any) -> Iterator[Any]:
         if isinstance(reader, pa.RecordBatchStreamReader)
         else map(reader.get_batch, range(reader.num_record_batches))
     )
+    rows = _batch_rows(schema)
     for batch in batches:
-        for start in range(0, batch.num_rows, BATCH_ROWS):
-            yield batch.select(schema.names).slice(start, BATCH_ROWS)
+        for start in range(0, batch.num_rows, rows):
+            yield batch.select(schema.names).slice(start, rows)
 
 
 def _open_arrow(file: Any) -> Any:
@@ -210,6 +212,11 @@ def _open_arrow(file: Any) -> Any:
     except pa.ArrowInvalid:
         file.seek(0)
         return pa.ipc.open_stream(file)
+
+
+def _batch_rows(schema: Any) -> int:
+    """Return the rows of a batch of BATCH_BYTES, reckoning 8 bytes a value."""
+    return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // (8 * len(schema.names))))
 
 
 def _plain(kind: Any) -> Any:

@@ -70,6 +70,8 @@ def write_shards(
     """
     layout = Layout(chunk_rows, shard_rows, chunk_bytes, shard_bytes)
     check_names(fields)
+    if not fields:
+        raise DataError("empty data: no fields are given, at least 1 is needed")
     sources = {name: source(name, array) for name, array in fields.items()}
     lengths = {name: each.shape[0] for name, each in sources.items()}
     if len(set(lengths.values())) > 1:

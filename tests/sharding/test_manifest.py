@@ -72,9 +72,9 @@ def test_damaged_json_is_refused():
 
 @pytest.mark.parametrize("chunk", [-1, 6])
 def test_a_chunk_outside_is_refused(chunk):
-    with pytest.raises(DataError, match=f"chunk {chunk} does not exist.*0 to 5"):
+    with pytest.raises(DataError, match=rf"chunk {chunk} does not exist.*0 to 5"):
         manifest().rows(chunk)
-    with pytest.raises(DataError, match="shard 3 does not exist.*0 to 2"):
+    with pytest.raises(DataError, match=r"shard 3 does not exist.*0 to 2"):
         manifest().chunks(3)
 
 
