@@ -29,6 +29,9 @@ from dadvi.subsample import Subsample, warm_start
 from dadvi.types import FloatArray, IntArray, Purpose, random_stream
 from dadvi.whitening import Whitening
 
+LARGEST_BATCH, STEPS_PER_EPOCH = 65_536, 20
+"""Without batch_rows a minibatch has this many rows at most, and an epoch this many steps at least, as far as chunks allow."""
+
 STRETCH_STEPS = 25
 """Iterates are averaged and judged in stretches of whole epochs with at least this many steps."""
 
@@ -50,7 +53,7 @@ class ADVI:
     Parameters
     ----------
     batch_rows
-        Rows of a minibatch, rounded to whole chunks; at least one chunk.
+        Rows of a minibatch, rounded to whole chunks, at least one; None for a twentieth of the data, at most 65 536.
     num_draws
         K, draws of the latents a step.
     optimizer
@@ -80,11 +83,11 @@ class ADVI:
 
     """
 
-    batch_rows: int = 65_536
+    batch_rows: int | None = None
     num_draws: int = 8
     optimizer: str | OptimizerFactory = "adam"
     learning_rate: float | None = None
-    schedule: str = "constant"
+    schedule: str = "inverse_sqrt"
     averaging: str | Averaging[Any] = "tail"
     estimator: Entropy = "closed_form"
     design: Design = "antithetic"
@@ -93,8 +96,10 @@ class ADVI:
     rhat_max: float = 1.1
 
     def __post_init__(self) -> None:
-        if self.batch_rows < 1 or self.subsample_rows < 1:
-            raise InputError(f"batch_rows={self.batch_rows}, subsample_rows={self.subsample_rows}: both must be at least 1")
+        for name in ("batch_rows", "subsample_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: at least 1 row is needed")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate={self.learning_rate}: it must be positive and finite, in posterior sds a step")
         if self.estimator not in get_args(Entropy):
@@ -170,7 +175,8 @@ class _Search:
     ) -> None:
         manifest = executor.data.manifest
         self.settings, self.executor, self.family, self.seed, self._report = settings, executor, family, seed, report
-        self.batch_chunks = min(manifest.num_chunks, max(1, round(settings.batch_rows / manifest.chunk_rows)))
+        batch_rows = settings.batch_rows or min(LARGEST_BATCH, manifest.num_rows / STEPS_PER_EPOCH)
+        self.batch_chunks = min(manifest.num_chunks, max(1, round(batch_rows / manifest.chunk_rows)))
         steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks)
         self.stretch_epochs = -(-STRETCH_STEPS // steps_per_epoch)
         self.max_passes = max(DEFAULT_PASSES, DEFAULT_STEPS / steps_per_epoch) if max_passes is None else max_passes

@@ -5,6 +5,7 @@ An executor splits the chunks by shard, has each shard summed by `dadvi.passes.s
 
 import itertools
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -13,16 +14,20 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from distributed import Client, Future, LocalCluster
+from distributed import Client, Future, KilledWorker, LocalCluster
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
 from dadvi.passes import Pass, sum_shard, tree_sum
 from dadvi.sharding import ShardedDataset
+from dadvi.sharding.cache import ChunkCache
 from dadvi.sharding.placement import place
 from dadvi.types import FloatArray
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
+
+PLACEMENT_SECONDS = 2.0
+"""How often the executor looks for workers that joined or left."""
 
 IN_PROCESS_BYTES = 256 * 2**20
 """Data up to this size are fitted in the caller's process when no client is given."""
@@ -82,17 +87,21 @@ class _Base:
 class SerialExecutor(_Base):
     """Runs passes in this process, one shard after the other: the reference for every other executor."""
 
+    def __init__(self, model: BoundModel, data: ShardedDataset) -> None:
+        super().__init__(model, data)
+        self._cache = ChunkCache(data)
+
     def run(self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = "") -> Sums:
         """Return the sums of a pass."""
         try:
             shards = self._shards(chunks)
-            return tree_sum([sum_shard(work, self.model, self.data, members, check=check) for _, members in shards])
+            return tree_sum([sum_shard(work, self.model, self._cache, members, check=check) for _, members in shards])
         except (InputError, WorkError, OSError) as error:
             raise _labelled(error, label) from error
 
 
 class DaskExecutor(_Base):
-    """Runs passes on a Dask cluster: one task a shard, sent to the worker that read the shard before.
+    """Runs passes on a Dask cluster, each shard on the worker that read it before.
 
     Model and data set reach a worker once, as the result of a task, which the scheduler runs again if it is lost.
 
@@ -135,40 +144,66 @@ class DaskExecutor(_Base):
         self._calls = itertools.count()
         self._context: Future = client.submit(_Context, model, data, key=f"{self._run}-context")
         self._placement: Mapping[int, str] = {}
+        self._placed_at = -PLACEMENT_SECONDS
 
     def run(self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = "") -> Sums:
         """Return the sums of a pass."""
-        shards = self._shards(chunks)
-        self._place([shard for shard, _ in shards])
+        tasks = self._tasks(self._shards(chunks))
         call = next(self._calls)
         futures = [
             self.client.submit(
                 _run_task,
                 self._context,
                 work,
-                members,
+                shards,
                 check,
-                key=f"{self._run}-{work.name}-{call}-{shard}",
-                workers=[self._placement[shard]] if shard in self._placement else None,
+                key=f"{self._run}-{work.name}-{call}-{number}",
+                workers=[worker],
                 allow_other_workers=True,
                 retries=self._retries,
             )
-            for shard, members in shards
+            for number, (worker, shards) in enumerate(tasks)
         ]
         try:
-            parts = self.client.gather(futures)
+            results = self.client.gather(futures)
+        except KilledWorker as error:
+            raise _labelled(WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"), label) from error
         except (InputError, WorkError, OSError) as error:
             raise _labelled(error, label) from error
-        refused = next((part for part in parts if isinstance(part, InputError)), None)
+        refused = next((result for result in results if isinstance(result, InputError)), None)
         if refused is not None:
             raise _labelled(refused, label) from refused
-        return tree_sum(parts)
+        parts = {shard: part for result in results for shard, part in result}
+        return tree_sum([parts[shard] for shard in sorted(parts)])
 
-    def _place(self, shards: Sequence[int]) -> None:
+    def _tasks(self, shards: list[tuple[int, list[int]]]) -> list[tuple[str, list[tuple[int, list[int]]]]]:
+        """Return (worker, shards) for each task: every shard at the worker that read it before, at most a shard's rows a task.
+
+        A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one for each worker.
+        """
+        self._update_placement()
+        sizes = self.data.manifest.chunk_sizes
+        tasks: list[tuple[str, list[tuple[int, list[int]]]]] = []
+        filling: dict[str, tuple[list[tuple[int, list[int]]], int]] = {}  # worker to the task that has room, and its rows
+        for shard, members in shards:
+            worker, rows = self._placement[shard], int(sizes[members].sum())
+            task, filled = filling.get(worker, ([], 0))
+            if not task or filled + rows > self.data.manifest.shard_rows:
+                task, filled = [], 0
+                tasks.append((worker, task))
+            task.append((shard, members))
+            filling[worker] = (task, filled + rows)
+        return tasks
+
+    def _update_placement(self) -> None:
+        """Follow workers that joined or left; where a task runs does not change its bits."""
+        now = time.monotonic()
+        if now < self._placed_at + PLACEMENT_SECONDS:
+            return
         workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
-        kept = {shard: worker for shard, worker in self._placement.items() if worker in workers}
-        if workers and (set(shards) - set(kept) or len(set(self._placement.values())) < len(workers)):
-            self._placement = place(range(self.data.manifest.num_shards), workers, kept)
+        if workers and set(self._placement.values()) != set(workers):
+            self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
+        self._placed_at = now
 
     def close(self) -> None:
         """Release the context and close what was started for this executor."""
@@ -182,12 +217,18 @@ class _Context:
 
     def __init__(self, model: BoundModel, data: ShardedDataset) -> None:
         self.model, self.data = model, data
+        self.cache = ChunkCache(data)
+
+    def __reduce__(self) -> tuple[type["_Context"], tuple[BoundModel, ShardedDataset]]:
+        return _Context, (self.model, self.data)  # the next worker fills a cache of its own
 
 
-def _run_task(context: _Context, work: Pass[Sums], chunks: Sequence[int], check: bool) -> Sums | InputError:
-    """Sum one shard on a worker. Bad input comes back as a value: trying it again would not help."""
+def _run_task(
+    context: _Context, work: Pass[Sums], shards: Sequence[tuple[int, Sequence[int]]], check: bool
+) -> list[tuple[int, Sums]] | InputError:
+    """Sum some shards on a worker, each by itself. Bad input comes back as a value: trying it again would not help."""
     try:
-        return sum_shard(work, context.model, context.data, chunks, check=check)
+        return [(shard, sum_shard(work, context.model, context.cache, members, check=check)) for shard, members in shards]
     except InputError as error:
         return error
 

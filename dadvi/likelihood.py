@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from dadvi.errors import DataError, ModelError
+from dadvi.errors import DataError, InputError, ModelError
 from dadvi.model import Model, over_draws, unvalidated
 from dadvi.types import Batch, Latents, Purpose, random_stream
 
@@ -38,7 +38,8 @@ class BoundModel:
     def log_lik(self, eta: Tensor, batch: Batch) -> Tensor:
         """Return Σ_i ℓ_i(η_k) over the batch's rows, (K,) float64, differentiable in η (K, D)."""
         latents, _ = self.model.space.constrain(eta)
-        return self.log_lik_rows(latents, batch).sum(1, dtype=torch.float64)
+        # The empty sum makes it a function of η, with gradient 0, also where the likelihood makes no use of the latents.
+        return self.log_lik_rows(latents, batch).sum(1, dtype=torch.float64) + eta[:, :0].sum(1)
 
     def log_lik_rows(self, latents: Latents, batch: Batch) -> Tensor:
         """Return weighted ℓ_i at K draws of the constrained latents, (K, rows) in `dtype`."""
@@ -62,6 +63,11 @@ class BoundModel:
             With the field, the first such row (counted from the start of the data set) and how many this chunk has.
 
         """
+        self.check_values(batch, first_row)
+        self.check_observed(batch, first_row)
+
+    def check_values(self, batch: Batch, first_row: int) -> None:
+        """Refuse non-finite fields and negative weights, as `check_rows`."""
         for name in self.fields:
             if batch[name].is_floating_point():
                 finite = torch.isfinite(batch[name]).flatten(1).all(1) if batch[name].dim() > 1 else torch.isfinite(batch[name])
@@ -69,18 +75,26 @@ class BoundModel:
         if self.model.weight is not None:
             weight = batch[self.model.weight]
             _refuse(weight < 0, weight, first_row, f"weight {self.model.weight!r} is negative in {{count}} rows", "weights must be ≥ 0")
-        if self.model.observed is not None:
-            start, _ = self.model.space.constrain(self.model.start[None])
-            rows = self._cast(batch)
-            with unvalidated():
-                distribution = self._call({name: start[name][0].to(self.dtype) for name in self.latents}, rows)
-                observed = self._observed(rows)
-                inside = distribution.support.check(observed)  # type: ignore[union-attr]
-            inside = inside.expand(observed.shape[: inside.dim()] if inside.dim() else observed.shape[:1])
-            if inside.dim() > 1:
-                inside = inside.flatten(1).all(1)
-            what = f"observed field {self.model.observed!r} has {{count}} rows outside the support of {type(distribution).__name__}"
-            _refuse(~inside, observed, first_row, what, "choose a likelihood whose support holds them, or mend the data")
+
+    def check_observed(self, batch: Batch, first_row: int) -> None:
+        """Refuse observed values outside the support of the likelihood's distribution at the start, as `check_rows`."""
+        if self.model.observed is None:
+            return
+        start, _ = self.model.space.constrain(self.model.start[None])
+        rows = self._cast(batch)
+        with unvalidated():
+            distribution = self._call({name: start[name][0].to(self.dtype) for name in self.latents}, rows)
+            observed = self._observed(rows)
+            try:
+                support = distribution.support
+            except NotImplementedError:  # a distribution of the user's that does not tell
+                return
+            inside = support.check(observed)
+        inside = inside.expand(observed.shape[: inside.dim()] if inside.dim() else observed.shape[:1])
+        if inside.dim() > 1:
+            inside = inside.flatten(1).all(1)
+        what = f"observed field {self.model.observed!r} has {{count}} rows outside the support of {type(distribution).__name__}"
+        _refuse(~inside, observed, first_row, what, "choose a likelihood whose support holds them, or mend the data")
 
     def _cast(self, batch: Batch) -> dict[str, Tensor]:
         return {
@@ -145,8 +159,9 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
     """
     bound = _resolve_names(model, fields)
     for first_row, batch in chunks:
-        _check_result(bound, batch)
-        bound.check_rows(batch, first_row)
+        bound.check_values(batch, first_row)
+        _check_result(bound, batch, first_row)
+        bound.check_observed(batch, first_row)
         _check_finite_start(bound, batch, first_row)
     _check_additive(bound, [batch for _, batch in chunks])
     return replace(bound, strategy=_fastest_strategy(bound, chunks[0][1]))
@@ -183,7 +198,7 @@ def _start_and_nearby(model: Model) -> Tensor:
     return torch.stack([model.start, model.start + 0.1 * torch.from_numpy(noise)])
 
 
-def _check_result(bound: BoundModel, batch: Batch) -> None:
+def _check_result(bound: BoundModel, batch: Batch, first_row: int) -> None:
     """Call the likelihood on one draw as the user wrote it, and check what it returns."""
     latents, _ = bound.model.space.constrain(bound.model.start[None])
     one = {name: latents[name][0].to(bound.dtype) for name in bound.latents}
@@ -194,9 +209,13 @@ def _check_result(bound: BoundModel, batch: Batch) -> None:
         result = bound._call(one, rows)  # noqa: SLF001
         if bound.model.observed is not None and not isinstance(result, Distribution):
             raise ModelError(f"likelihood returned a {type(result).__name__}; it must return a torch distribution (or use log_likelihood=)")
-        with unvalidated():  # a value outside the support has its own message, with row and count
-            log_lik = bound._log_lik_of_one(one, rows)  # noqa: SLF001
-    except ModelError:
+        try:
+            with unvalidated():  # a value outside the support has its own message, with row and count
+                log_lik = bound._log_lik_of_one(one, rows)  # noqa: SLF001
+        except (IndexError, RuntimeError):
+            bound.check_observed(batch, first_row)  # some densities fail there instead of telling
+            raise
+    except InputError:
         raise
     except Exception as error:
         raise ModelError(f"the likelihood failed on {num_rows} rows: {type(error).__name__}: {error}. Shapes of its arguments: {shapes}") from error

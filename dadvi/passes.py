@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
-from dadvi.sharding import ShardedDataset
+from dadvi.sharding.cache import ChunkCache
 from dadvi.types import Batch, FloatArray
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
@@ -135,12 +135,16 @@ def tree_sum(parts: Sequence[Sums]) -> Sums:
 
 
 def sum_shard(
-    work: Pass[Sums], model: BoundModel, data: ShardedDataset, chunks: Sequence[int], *, check: bool = False
+    work: Pass[Sums], model: BoundModel, chunks: ChunkCache, members: Sequence[int], *, check: bool = False
 ) -> Sums:
-    """Sum a pass over chunks of one shard, in the order of `chunks`.
+    """Sum a pass over chunks of one shard, in the order of `members`.
 
     Parameters
     ----------
+    chunks
+        Where chunks are read.
+    members
+        Which chunks, all of one shard.
     check
         Check the rows as they are read: set when they are read for the first time.
 
@@ -152,21 +156,22 @@ def sum_shard(
         If the pass fails; with shard and chunk.
 
     """
+    manifest = chunks.data.manifest
     total: Sums | None = None
     with single_thread():
-        for chunk in chunks:
-            where = f"shard {data.manifest.shard(chunk)}, chunk {chunk}"
+        for chunk in members:
+            where = f"shard {manifest.shard(chunk)}, chunk {chunk}"
             try:
-                batch = data.read(chunk, model.fields)
+                batch = chunks.read(chunk, model.fields)
                 if check:
-                    model.check_rows(batch, data.manifest.rows(chunk)[0])
+                    model.check_rows(batch, manifest.rows(chunk)[0])
                 part = work.on_chunk(model, batch)
             except InputError as error:
                 raise type(error)(str(error) if where in str(error) else f"{error} ({where})") from error
             except OSError as error:  # may pass: the executor retries it
                 raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
             except Exception as error:
-                first, last = data.manifest.rows(chunk)
+                first, last = manifest.rows(chunk)
                 raise WorkError(f"pass {work.name!r} failed on {where} (rows {first} to {last - 1}): {type(error).__name__}: {error}") from error
             total = part if total is None else add(total, part)
     if total is None:

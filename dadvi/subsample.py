@@ -100,6 +100,6 @@ def warm_start(subsample: Subsample, seed: int) -> Gaussian:
             f"the log posterior is not finite around the starting point {values}, even within {10.0**-_NARROWINGS:g} of the sds "
             f"its curvature gives; rescale the predictors or choose tighter priors"
         )
-    options = {"maxiter": WARM_START_ITERATIONS, "maxcor": 30, "ftol": 1e-10}
+    options = {"maxiter": WARM_START_ITERATIONS, "maxcor": 30, "ftol": 1e-8}
     solution = scipy.optimize.minimize(negative_elbo, x, jac=True, method="L-BFGS-B", options=options)
     return Gaussian(family, params_at(solution.x))

@@ -54,7 +54,7 @@ OptimizerFactory: TypeAlias = Callable[..., Optimizer]
 """Makes an optimiser of parameter groups: a class of `torch.optim`, a `functools.partial` of one, any such function."""
 
 OPTIMIZERS: dict[str, OptimizerFactory] = {
-    "adam": partial(torch.optim.Adam, lr=0.03),
+    "adam": partial(torch.optim.Adam, lr=0.1),
     "sgd": partial(torch.optim.SGD, lr=0.003),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.02),
     "adagrad": partial(torch.optim.Adagrad, lr=0.3),

@@ -98,9 +98,7 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
     DataError
         At once, when something stands at `path` that must not be replaced, or nothing can be written beside it.
     """
-    if path.exists():
-        empty = path.is_dir() and not any(path.iterdir())
-        _check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
+    check_free(path, overwrite=overwrite, is_ours=is_ours)
     directory = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
         directory.mkdir()
@@ -113,6 +111,13 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
         _rename(directory, path, overwrite)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_free(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raise DataError when something stands at `path` that must not be replaced; the arguments are those of `staged`."""
+    if path.exists():
+        empty = path.is_dir() and not any(path.iterdir())
+        _check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
 
 
 def _rename(directory: Path, path: Path, overwrite: bool) -> None:

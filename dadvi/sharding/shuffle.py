@@ -35,7 +35,7 @@ BUCKET_BITS = 8
 class RowSpool:
     """Rows go in by `append`, and come out by `blocks`: in order of arrival, or in a random order.
 
-    Use as a context manager: what lies on the disk is removed at its end. Data that fit in a quarter of the
+    Use as a context manager: what lies on the disk is removed at its end. Data that fit in a sixth of the
     memory never touch the disk.
 
     Parameters
@@ -53,8 +53,9 @@ class RowSpool:
     ) -> None:
         self.num_rows = 0
         self._stream = None if seed is None else random_stream(seed, Purpose.SHUFFLE).bit_generator
-        # At worst four copies are alive at once: arrivals, or a bucket, packed, sorted, and one at the consumer.
-        self._piece_bytes = max(memory_bytes // 4, 1)
+        # At worst four pieces are alive at once: arrivals or a bucket, then packed, then sorted, and one consumed.
+        # The rest is room for what has gone out of use and is not yet freed.
+        self._piece_bytes = max(memory_bytes // 6, 1)
         self._parent = directory
         self._directory: Path | None = None
         self._dtype: np.dtype[np.void] | None = None

@@ -28,6 +28,8 @@ FORMATS = {
 BATCH_BYTES = 8 * 2**20
 MAX_BATCH_ROWS = 65_536
 CSV_BLOCK_BYTES = 4 * 2**20
+PARQUET_BUFFER_BYTES = 2**18
+"""Bytes read ahead, per column."""
 
 Sources: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -172,7 +174,9 @@ def _schema(kind: str, system: Any, path: str) -> Any:
 
 
 def _parquet_batches(file: Any, schema: Any) -> Iterator[Any]:
-    return pa.parquet.ParquetFile(file).iter_batches(_batch_rows(schema), columns=schema.names, use_threads=False)  # type: ignore[no-any-return]
+    # Pre-buffering would fetch the whole file ahead; without a buffer size, a column of a row group is fetched at once.
+    reader = pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES)
+    yield from reader.iter_batches(_batch_rows(schema), columns=schema.names, use_threads=False)
 
 
 def _csv_batches(file: Any, schema: Any) -> Iterator[Any]:

@@ -1,0 +1,256 @@
+"""The command line, for scripted batch jobs: ``dadvi ingest``, ``dadvi fit``, ``dadvi summary``.
+
+What a person reads goes to stderr; stdout is the result. Exit codes: 0 converged or done, 1 internal error, 2 bad input or usage,
+3 stopped before convergence (the result is saved), 4 diverged.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import cloudpickle
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dadvi.advi import ADVI
+from dadvi.checkpoint import POSTERIOR, is_run
+from dadvi.errors import InputError, ModelError
+from dadvi.fit import fit as run_fit
+from dadvi.model import Model
+from dadvi.posterior import Posterior, load_posterior
+from dadvi.sharding import ShardedDataset, open_shards
+from dadvi.sharding import ingest as run_ingest
+
+app = typer.Typer(
+    help="Fit Bayesian models to data too large for memory, on a Dask cluster, with a certificate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ExitCode(IntEnum):
+    """What the process tells a batch system."""
+
+    CONVERGED = 0
+    INTERNAL = 1
+    BAD_INPUT = 2
+    STOPPED = 3
+    DIVERGED = 4
+
+
+class FamilyName(StrEnum):
+    """The variational families by name."""
+
+    MEAN_FIELD = "mean_field"
+    FULL_RANK = "full_rank"
+    LOW_RANK = "low_rank"
+
+
+class Missing(StrEnum):
+    """What to do with rows that have missing values."""
+
+    REFUSE = "refuse"
+    DROP = "drop"
+
+
+@app.command()
+def ingest(
+    sources: Annotated[list[str], typer.Argument(help="Parquet, CSV or Arrow/Feather files, directories or globs.")],
+    out: Annotated[str, typer.Argument(help="Zarr group to write.")],
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME, NAME=COLUMN or NAME=COLUMN,COLUMN (stacked), each with :category, :standardize or :DTYPE; "
+            "several in one string or by repeating the option. Default: every column.",
+        ),
+    ] = None,
+    shuffle: Annotated[int | None, typer.Option(help="Seed of the global shuffle of rows.")] = 0,
+    keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle.")] = False,
+    missing: Annotated[Missing, typer.Option(help="Refuse rows with missing values, or drop them.")] = Missing.REFUSE,
+    chunk_rows: Annotated[int | None, typer.Option(help="Rows of a chunk, the unit of sampling.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of a chunk's.")] = None,
+    compression: Annotated[str | None, typer.Option(help="zstd, or nothing.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
+) -> None:
+    """Write tables as a shuffled Zarr data set, in bounded memory."""
+    data = run_ingest(
+        sources,
+        out,
+        " ".join(fields) if fields else None,
+        shuffle=None if keep_order else shuffle,
+        missing=missing.value,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+        compression=compression,
+        overwrite=overwrite,
+    )
+    _say(repr(data))
+    typer.echo(str(data.location))
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="MODEL.py:NAME, a Model or a function of the data set that returns one.")],
+    data: Annotated[str, typer.Argument(help="Path or URL of a Zarr data set.")],
+    out: Annotated[Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json.")],
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Local worker processes. Default: one per core.")] = None,
+    serial: Annotated[bool, typer.Option("--serial", help="Fit in this process, without workers.")] = False,
+    family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
+    tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
+    max_passes: Annotated[float | None, typer.Option(help="Passes over the data at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    batch_rows: Annotated[int | None, typer.Option(help="Rows of a minibatch. Default: a twentieth of the data, at most 65536.")] = None,
+    num_draws: Annotated[int, typer.Option(help="Draws of the latents a step.")] = ADVI.num_draws,
+    optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, dowg or proximal.")] = "adam",
+    learning_rate: Annotated[float | None, typer.Option(help="In posterior sds a step.")] = None,
+    schedule: Annotated[str, typer.Option(help="constant, inverse_sqrt or cosine.")] = ADVI.schedule,
+    averaging: Annotated[str, typer.Option(help="tail, polynomial or none.")] = "tail",
+    estimator: Annotated[str, typer.Option(help="closed_form, stl or monte_carlo.")] = ADVI.estimator,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Fit a model to a data set and write the posterior."""
+    if sum([scheduler is not None, workers is not None, serial]) > 1:
+        raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
+    method = ADVI(
+        batch_rows=batch_rows,
+        num_draws=num_draws,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        averaging=averaging,
+        estimator=estimator,  # type: ignore[arg-type]  # ADVI refuses unknown names
+    )
+    dataset = open_shards(data)
+    posterior = run_fit(
+        load_model(model, dataset),
+        dataset,
+        method=method,
+        family=family.value,
+        client="serial" if serial else scheduler,
+        num_workers=None if serial or scheduler else workers or _cores(),
+        tol=tol,
+        max_passes=max_passes,
+        seed=seed,
+        run_dir=out,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    seconds = posterior.records[-1].seconds if posterior.records else 0.0
+    certificate = posterior.certificate
+    distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
+    _say(f"{posterior.status}: {posterior.reason}{distance} ({posterior.passes:.1f} passes, {seconds:.1f} s)")
+    typer.echo(str(out / POSTERIOR))
+    codes = {"converged": ExitCode.CONVERGED, "stopped": ExitCode.STOPPED, "diverged": ExitCode.DIVERGED}
+    raise typer.Exit(codes[posterior.status])
+
+
+@app.command()
+def summary(
+    run: Annotated[Path, typer.Argument(help="Directory that `dadvi fit --out` wrote, or a saved posterior.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print mean, sd and quantiles of every latent."""
+    posterior = load_posterior(run / POSTERIOR if is_run(run) else run)
+    if as_json:
+        typer.echo(summary_json(posterior))
+        return
+    table = posterior.summary()
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    shown = Table("latent", *table.columns, box=None, header_style="bold")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for label, row in table.iterrows():
+        shown.add_row(Text(str(label)), *(f"{value:.4g}" for value in row))
+    console.print(shown)
+
+
+def summary_json(posterior: Posterior) -> str:
+    """Return the summary and how the fit ended as one JSON object."""
+    certificate = posterior.certificate
+    return json.dumps(
+        {
+            "status": posterior.status,
+            "reason": posterior.reason,
+            "elbo": posterior.elbo,
+            "passes": posterior.passes,
+            "certificate": None if certificate is None else {"max": certificate.max, "rms": certificate.rms},
+            "latents": posterior.summary().to_dict(orient="index"),
+        }
+    )
+
+
+def load_model(reference: str, data: ShardedDataset) -> Model:
+    """Load ``MODEL.py:NAME``: a `Model`, or a function of the data set that returns one.
+
+    The file's module is pickled by value, so that workers, wherever they run, need no copy of the file.
+
+    Raises
+    ------
+    ModelError
+        If there is no such file or name, the file fails, or what it holds is not a model.
+
+    """
+    path_text, colon, name = reference.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise ModelError(f"model {reference!r} is not of the form MODEL.py:NAME")
+    path = Path(path_text)
+    if not path.is_file():
+        raise ModelError(f"no model file {path_text!r}; give the path of a Python file and a name in it, as MODEL.py:NAME")
+    module_name = f"dadvi_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path_text!r} cannot be loaded as Python; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        spec.loader.exec_module(module)
+        found: Any = getattr(module, name, None)
+        if callable(found) and not isinstance(found, Model):
+            found = found(data)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{path_text} failed{_line_in(error, path)}: {type(error).__name__}: {error}") from error
+    if found is None:
+        public = ", ".join(key for key, value in vars(module).items() if isinstance(value, Model)) or "none"
+        raise ModelError(f"{path_text} has no {name!r}; the models in it are: {public}")
+    if not isinstance(found, Model):
+        raise ModelError(f"{reference} is a {type(found).__name__}; it must be a dadvi.Model, or a function of the data set that returns one")
+    return found
+
+
+def _line_in(error: BaseException, path: Path) -> str:
+    """Return " in line N" for the last line of the model file that the error passed through."""
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = f" in line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        _say(f"error: {error}")
+        sys.exit(ExitCode.BAD_INPUT)
