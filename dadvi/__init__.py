@@ -1,4 +1,4 @@
-"""dadvi: Bayesian models on data too large for memory, by data-subsampled ADVI on a Dask cluster, with a certificate."""
+"""Bayesian models on data too large for memory: data-subsampled ADVI on a Dask cluster, with a certificate."""
 
 from importlib import metadata
 

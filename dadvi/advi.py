@@ -2,9 +2,10 @@
 
     θ ← θ + step(∇ÊLBO(θ)),   ∇ÊLBO from draws η_k = t(θ, ε_k) and  (C/m) Σ_{c in batch} ∇ℓ_c(η_k)
 
-with C chunks in all and m in the batch: unbiased, ragged chunks included. Kucukelbir et al. (2017), "Automatic differentiation
-variational inference"; averaging and stopping follow Dhaka et al. (2020), "Robust, accurate stochastic optimization for
-variational inference". The search runs in coordinates whitened at a warm start, so a learning rate is in posterior sds a step.
+with C chunks in all and m in the batch: unbiased, ragged chunks included. Kucukelbir et al. (2017), "Automatic
+differentiation variational inference"; averaging and stopping follow Dhaka et al. (2020), "Robust, accurate
+stochastic optimization for variational inference". The search runs in coordinates whitened at a warm start, so a
+learning rate is in posterior sds a step.
 """
 
 import math
@@ -30,7 +31,7 @@ from dadvi.types import FloatArray, IntArray, Purpose, random_stream
 from dadvi.whitening import Whitening
 
 LARGEST_BATCH, STEPS_PER_EPOCH = 65_536, 20
-"""Without batch_rows a minibatch has this many rows at most, and an epoch this many steps at least, as far as chunks allow."""
+"""Without batch_rows: rows of a minibatch at most, and steps of an epoch at least, as far as chunks allow."""
 
 STRETCH_STEPS = 25
 """Iterates are averaged and judged in stretches of whole epochs with at least this many steps."""
@@ -57,8 +58,8 @@ class ADVI:
     num_draws
         K, draws of the latents a step.
     optimizer
-        ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"dowg"`` (Khaled et al. 2023), ``"proximal"`` (Domke 2020), or any
-        first-order class of torch.optim, or a functools.partial of one.
+        ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"dowg"`` (Khaled et al. 2023), ``"proximal"`` (Domke
+        2020), or any first-order class of torch.optim, or a functools.partial of one.
     learning_rate
         In posterior sds; None for the optimiser's default.
     schedule
@@ -101,16 +102,23 @@ class ADVI:
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: at least 1 row is needed")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate={self.learning_rate}: it must be positive and finite, in posterior sds a step")
+            raise InputError(
+                f"learning_rate={self.learning_rate}: it must be positive and finite, in posterior sds a step"
+            )
         if self.estimator not in get_args(Entropy):
-            raise InputError(f"unknown estimator {self.estimator!r}: use one of {', '.join(map(repr, get_args(Entropy)))}")
+            raise InputError(
+                f"unknown estimator {self.estimator!r}: use one of {', '.join(map(repr, get_args(Entropy)))}"
+            )
         draw_noise(self.design, self.num_draws, 1, np.random.default_rng(0))  # refuses an impossible design
         make_averaging(self.averaging)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value if isinstance(value, str | int | float | None) else repr(value) for name, value in values.items()}
+        return {
+            name: value if isinstance(value, str | int | float | None) else repr(value)
+            for name, value in values.items()
+        }
 
     def fit(
         self,
@@ -124,9 +132,9 @@ class ADVI:
     ) -> Fitted:
         """Fit the family on the executor's data.
 
-        Ends "converged" when the certificate is within `tol`, "stopped" at `max_passes`, "diverged" when steps are no longer finite
-        or the ELBO falls far below its best. A certificate costs a pass: it is asked for once the average has settled, again each
-        time the run has grown by half, and at the end.
+        Ends "converged" when the certificate is within `tol`, "stopped" at `max_passes`, "diverged" when steps are no
+        longer finite or the ELBO falls far below its best. A certificate costs a pass: it is asked for once the
+        average has settled, again each time the run has grown by half, and at the end.
         """
         search = _Search(self, executor, family, max_passes, seed, report)
         certified_at = 0
@@ -144,7 +152,9 @@ class ADVI:
                     return search.fitted("converged", f"the certificate is within tol={tol:g}", elbo, certificate)
                 if search.exhausted:
                     how = "after its average had settled" if settling.settled else "before its average settled"
-                    return search.fitted("stopped", f"max_passes={search.max_passes:g} reached, {how}", elbo, certificate)
+                    return search.fitted(
+                        "stopped", f"max_passes={search.max_passes:g} reached, {how}", elbo, certificate
+                    )
 
 
 @dataclass(eq=False)
@@ -196,7 +206,8 @@ class _Search:
         self.energy_only = getattr(self.optimizer, "takes_energy_gradient", False)
         if self.energy_only and settings.estimator != "closed_form":
             raise InputError(
-                f"optimizer {settings.optimizer!r} takes the step of the entropy by itself, so estimator={settings.estimator!r} has no "
+                f"optimizer {settings.optimizer!r} takes the step of the entropy by itself, so "
+                f"estimator={settings.estimator!r} has no "
                 f"place in it; use estimator='closed_form'"
             )
         self.schedule = make_schedule(settings.schedule, self.optimizer, math.ceil(self.max_passes * steps_per_epoch))
@@ -245,7 +256,8 @@ class _Search:
             if self.exhausted:
                 break
         if stretch.elbo < self.best_elbo - ALLOWED_FALL * self.q.dim:
-            self.trouble = f"the ELBO fell from {self.best_elbo:.8g} to {stretch.elbo:.8g} at step {self.step}; lower the learning rate"
+            fall = f"from {self.best_elbo:.8g} to {stretch.elbo:.8g}"
+            self.trouble = f"the ELBO fell {fall} at step {self.step}; lower the learning rate"
             return
         self.elbo = stretch.elbo
         self.best_elbo = max(self.best_elbo, stretch.elbo)
@@ -296,7 +308,9 @@ class _Search:
         rows_read = self.executor.rows_read + self._other_rows
         return TraceRow(phase, self.step, self.passes, rows_read, time.perf_counter() - self._started, elbo, **figures)
 
-    def fitted(self, status: Status, reason: str, elbo: float | None = None, certificate: Certificate | None = None) -> Fitted:
+    def fitted(
+        self, status: Status, reason: str, elbo: float | None = None, certificate: Certificate | None = None
+    ) -> Fitted:
         """Return the result."""
         return Fitted(
             q=self.q,

@@ -17,8 +17,8 @@ class RunDirectory:
     Raises
     ------
     InputError
-        If something stands at `path` that is not an earlier run, or is one and `overwrite` is not set; or if nothing can be
-        written beside it.
+        If something stands at `path` that is not an earlier run, or is one and `overwrite` is not set; or if nothing
+        can be written beside it.
 
     """
 
@@ -27,7 +27,9 @@ class RunDirectory:
         self._overwrite = overwrite
         check_free(self.path, overwrite=overwrite, is_ours=is_run)
         if not os.access(self.path.parent, os.W_OK):
-            raise InputError(f"cannot write to {self.path.parent}; create that directory, or choose one that can be written")
+            raise InputError(
+                f"cannot write to {self.path.parent}; create that directory, or choose one that can be written"
+            )
 
     def write(self, posterior: Posterior) -> None:
         """Write the results; the directory appears whole or not at all."""

@@ -1,7 +1,7 @@
 """The command line, for scripted batch jobs: ``dadvi ingest``, ``dadvi fit``, ``dadvi summary``.
 
-What a person reads goes to stderr; stdout is the result. Exit codes: 0 converged or done, 1 internal error, 2 bad input or usage,
-3 stopped before convergence (the result is saved), 4 diverged.
+What a person reads goes to stderr; stdout is the result. Exit codes: 0 converged or done, 1 internal error, 2 bad
+input or usage, 3 stopped before convergence (the result is saved), 4 diverged.
 """
 
 import importlib.util
@@ -97,7 +97,9 @@ def ingest(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(help="MODEL.py:NAME, a Model or a function of the data set that returns one.")],
+    model: Annotated[
+        str, typer.Argument(help="MODEL.py:NAME, a Model or a function of the data set that returns one.")
+    ],
     data: Annotated[str, typer.Argument(help="Path or URL of a Zarr data set.")],
     out: Annotated[Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json.")],
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
@@ -107,7 +109,9 @@ def fit(
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
     max_passes: Annotated[float | None, typer.Option(help="Passes over the data at most.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    batch_rows: Annotated[int | None, typer.Option(help="Rows of a minibatch. Default: a twentieth of the data, at most 65536.")] = None,
+    batch_rows: Annotated[
+        int | None, typer.Option(help="Rows of a minibatch. Default: a twentieth of the data, at most 65536.")
+    ] = None,
     num_draws: Annotated[int, typer.Option(help="Draws of the latents a step.")] = ADVI.num_draws,
     optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, dowg or proximal.")] = "adam",
     learning_rate: Annotated[float | None, typer.Option(help="In posterior sds a step.")] = None,
@@ -204,7 +208,9 @@ def load_model(reference: str, data: ShardedDataset) -> Model:
         raise ModelError(f"model {reference!r} is not of the form MODEL.py:NAME")
     path = Path(path_text)
     if not path.is_file():
-        raise ModelError(f"no model file {path_text!r}; give the path of a Python file and a name in it, as MODEL.py:NAME")
+        raise ModelError(
+            f"no model file {path_text!r}; give the path of a Python file and a name in it, as MODEL.py:NAME"
+        )
     module_name = f"dadvi_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
@@ -225,7 +231,10 @@ def load_model(reference: str, data: ShardedDataset) -> Model:
         public = ", ".join(key for key, value in vars(module).items() if isinstance(value, Model)) or "none"
         raise ModelError(f"{path_text} has no {name!r}; the models in it are: {public}")
     if not isinstance(found, Model):
-        raise ModelError(f"{reference} is a {type(found).__name__}; it must be a dadvi.Model, or a function of the data set that returns one")
+        raise ModelError(
+            f"{reference} is a {type(found).__name__}; it must be a dadvi.Model, or a function of the data set that "
+            "returns one"
+        )
     return found
 
 

@@ -105,9 +105,9 @@ def draw_noise(design: Design, num_draws: int, dim: int, rng: np.random.Generato
         - ``"antithetic"``: pairs ±ε, so that the mean is exactly 0;
         - ``"orthogonal"``: pairs ±r·q with q the rows of a random orthogonal matrix, anew for every 2·dim draws.
     fixed
-        For ``"orthogonal"``: with draws that stay fixed, r = √dim, so that 2·dim draws have covariance exactly I and the
-        ELBO of a quadratic log π is exact; with fresh draws, r ~ χ(dim), so that each draw is N(0, I) and estimates stay
-        unbiased whatever log π.
+        For ``"orthogonal"``: with draws that stay fixed, r = √dim, so that 2·dim draws have covariance exactly I and
+        the ELBO of a quadratic log π is exact; with fresh draws, r ~ χ(dim), so that each draw is N(0, I) and
+        estimates stay unbiased whatever log π.
 
     Raises
     ------
@@ -133,6 +133,6 @@ def draw_noise(design: Design, num_draws: int, dim: int, rng: np.random.Generato
 
 
 def _random_orthogonal(dim: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a Haar-distributed orthogonal matrix (dim, dim): QR with the signs of R's diagonal taken out (Mezzadri 2007)."""
+    """Return a Haar-distributed orthogonal matrix (dim, dim): QR, with R's diagonal made positive (Mezzadri 2007)."""
     q, r = np.linalg.qr(rng.standard_normal((dim, dim)))
     return np.asarray(q * np.sign(np.diagonal(r)))

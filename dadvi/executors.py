@@ -1,6 +1,7 @@
 """Who runs a pass: this process, or the workers of a Dask cluster. Both give the same bits.
 
-An executor splits the chunks by shard, has each shard summed by `dadvi.passes.sum_shard`, and reduces the shards in shard order.
+An executor splits the chunks by shard, has each shard summed by `dadvi.passes.sum_shard`, and reduces the shards in
+shard order.
 """
 
 import itertools
@@ -40,7 +41,9 @@ class Executor(Protocol):
     data: ShardedDataset
     rows_read: int
 
-    def run(self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = "") -> Sums:
+    def run(
+        self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
+    ) -> Sums:
         """Return the sums of a pass over the chunks (default: all), in chunk order within shard order.
 
         Parameters
@@ -91,7 +94,9 @@ class SerialExecutor(_Base):
         super().__init__(model, data)
         self._cache = ChunkCache(data)
 
-    def run(self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = "") -> Sums:
+    def run(
+        self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
+    ) -> Sums:
         """Return the sums of a pass."""
         try:
             shards = self._shards(chunks)
@@ -146,7 +151,9 @@ class DaskExecutor(_Base):
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
 
-    def run(self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = "") -> Sums:
+    def run(
+        self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
+    ) -> Sums:
         """Return the sums of a pass."""
         tasks = self._tasks(self._shards(chunks))
         call = next(self._calls)
@@ -167,24 +174,30 @@ class DaskExecutor(_Base):
         try:
             results = self.client.gather(futures)
         except KilledWorker as error:
-            raise _labelled(WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"), label) from error
+            raise _labelled(
+                WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
+                label,
+            ) from error
         except (InputError, WorkError, OSError) as error:
             raise _labelled(error, label) from error
         refused = next((result for result in results if isinstance(result, InputError)), None)
         if refused is not None:
             raise _labelled(refused, label) from refused
-        parts = {shard: part for result in results for shard, part in result}
+        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result}
         return tree_sum([parts[shard] for shard in sorted(parts)])
 
     def _tasks(self, shards: list[tuple[int, list[int]]]) -> list[tuple[str, list[tuple[int, list[int]]]]]:
-        """Return (worker, shards) for each task: every shard at the worker that read it before, at most a shard's rows a task.
+        """Return (worker, shards) for each task: shards where they were read before, at most a shard's rows a task.
 
-        A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one for each worker.
+        A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one
+        for each worker.
         """
         self._update_placement()
         sizes = self.data.manifest.chunk_sizes
         tasks: list[tuple[str, list[tuple[int, list[int]]]]] = []
-        filling: dict[str, tuple[list[tuple[int, list[int]]], int]] = {}  # worker to the task that has room, and its rows
+        filling: dict[
+            str, tuple[list[tuple[int, list[int]]], int]
+        ] = {}  # worker to the task that has room, and its rows
         for shard, members in shards:
             worker, rows = self._placement[shard], int(sizes[members].sum())
             task, filled = filling.get(worker, ([], 0))
@@ -228,7 +241,9 @@ def _run_task(
 ) -> list[tuple[int, Sums]] | InputError:
     """Sum some shards on a worker, each by itself. Bad input comes back as a value: trying it again would not help."""
     try:
-        return [(shard, sum_shard(work, context.model, context.cache, members, check=check)) for shard, members in shards]
+        return [
+            (shard, sum_shard(work, context.model, context.cache, members, check=check)) for shard, members in shards
+        ]
     except InputError as error:
         return error
 
@@ -323,8 +338,8 @@ def check_workers(client: Client, wait_seconds: float) -> None:
 
     def installed() -> dict[str, str | None]:
         # Defined here so that it travels by value: a worker without dadvi can still answer.
-        import sys  # noqa: PLC0415
-        from importlib import metadata  # noqa: PLC0415
+        import sys
+        from importlib import metadata
 
         found: dict[str, str | None] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
         for package in ("dadvi", "torch"):
@@ -337,10 +352,15 @@ def check_workers(client: Client, wait_seconds: float) -> None:
     try:
         client.wait_for_workers(1, timeout=wait_seconds)
     except TimeoutError as error:
-        raise ClusterError(f"the scheduler at {client.scheduler.address} has no workers after {wait_seconds:g} s; start one with `dask worker`") from error
+        raise ClusterError(
+            f"the scheduler at {client.scheduler.address} has no workers after {wait_seconds:g} s; start one with "
+            "`dask worker`"
+        ) from error
     needed = versions()
     for worker, found in client.run(installed).items():
         for package, version in needed.items():
             if found[package] != version:
                 seen = f"has {package} {found[package]}" if found[package] else f"has no {package}"
-                raise ClusterError(f"worker {worker} {seen}; the coordinator has {version}. Install the same version on every worker")
+                raise ClusterError(
+                    f"worker {worker} {seen}; the coordinator has {version}. Install the same version on every worker"
+                )

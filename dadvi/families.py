@@ -1,7 +1,7 @@
 """Gaussian variational families: q(η) = N(μ, Σ), reached from standard normal noise by a map η = t(θ, ε).
 
-A family is the map and the shape of its parameters θ; a `Gaussian` is a family at some θ. Parameters are dictionaries of
-float64 tensors, every family having at least
+A family is the map and the shape of its parameters θ; a `Gaussian` is a family at some θ. Parameters are dictionaries
+of float64 tensors, every family having at least
 
 - ``loc`` (D,): μ,
 - ``log_scale`` (D,): log of the positive diagonal of the scale,
@@ -12,7 +12,7 @@ so that solvers and stopping rules can treat families alike. Densities and entro
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     linear_scale: ClassVar[bool]
-    """Whether η = μ + Lε with L triangular and ``log_scale`` its log diagonal, so that the entropy is Σ log_scale + const."""
+    """Whether η = μ + Lε with L triangular and ``log_scale`` its log diagonal: the entropy is Σ log_scale + const."""
     takes_rotation: ClassVar[bool] = False
     """Whether the family is closed under linear maps, and so can be fitted in coordinates that are fully whitened."""
 
@@ -57,6 +57,10 @@ class Family(ABC):
         `scale` is (D,), positive and elementwise, or, for a family with `takes_rotation`, lower triangular (D, D).
         """
 
+    def describe(self) -> dict[str, Any]:
+        """Return the family's name and settings, a JSON object."""
+        return {"name": self.name, **vars(self)}
+
     def log_prob(self, params: Params, eta: Tensor) -> Tensor:
         """Return log q(η) (K,) at η (K, D)."""
         log_density: Tensor = self.distribution(params).log_prob(eta)
@@ -68,7 +72,7 @@ class Family(ABC):
         return entropy
 
     def pullback(self, params: Params, noise: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """Return Σ_k (∂t(θ, ε_k)/∂θ)ᵀ g_k: the vector-Jacobian product that carries gradients g (K, D) at the draws to θ.
+        """Return Σ_k (∂t(θ, ε_k)/∂θ)ᵀ g_k, which carries gradients g (K, D) at the draws to θ.
 
         For L triangular it is Σ_k g_k for μ and tril(Σ_k g_k ε_kᵀ) for L (Kucukelbir et al. 2017, equations 8 and 9).
         """
@@ -103,7 +107,7 @@ class MeanField(Family):
 
 @dataclass(frozen=True)
 class FullRank(Family):
-    """Σ = LLᵀ, L = diag(exp ω) + strictly lower part: ``log_scale`` ω (D,), ``lower`` (D, D), read below the diagonal only."""
+    """Σ = LLᵀ, L = diag(exp ω) + lower: ``log_scale`` ω (D,), ``lower`` (D, D), read below its diagonal only."""
 
     name: ClassVar[str] = "full_rank"
     linear_scale: ClassVar[bool] = True
@@ -247,5 +251,7 @@ def make_family(family: str | Family) -> Family:
         return family
     if family not in FAMILIES:
         known = ", ".join(repr(name) for name in FAMILIES)
-        raise InputError(f"unknown family {family!r}: use one of {known}, or a family object such as dadvi.LowRank(rank=5)")
+        raise InputError(
+            f"unknown family {family!r}: use one of {known}, or a family object such as dadvi.LowRank(rank=5)"
+        )
     return FAMILIES[family]()

@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -54,8 +52,9 @@ def fit(
     family
         ``"mean_field"``, ``"full_rank"``, ``"low_rank"``, or a family object such as ``LowRank(rank=5)``.
     client
-        Who works: a `distributed.Client`, a scheduler's address, ``"serial"`` for this process, or None: this process while
-        the data are small (256 MiB), otherwise local single-threaded worker processes. The result has the same bits.
+        Who works: a `distributed.Client`, a scheduler's address, ``"serial"`` for this process, or None: this process
+        while the data are small (256 MiB), otherwise local single-threaded worker processes. The result has the same
+        bits.
     num_workers
         With None for `client`: start that many local worker processes.
     tol
@@ -96,7 +95,10 @@ def fit(
     coords = _coords(model, data)
     bound = bind_to(model, data)
     directory = RunDirectory(run_dir, overwrite=overwrite) if run_dir is not None else None
-    with make_executor(bound, data, client, num_workers) as executor, make_reporter(progress, max_passes, callbacks) as report:
+    with (
+        make_executor(bound, data, client, num_workers) as executor,
+        make_reporter(progress, max_passes, callbacks) as report,
+    ):
         result = settings.fit(executor, chosen, tol=tol, max_passes=max_passes, seed=seed, report=report)
     posterior = Posterior(
         space=model.space,
@@ -110,7 +112,7 @@ def fit(
         coords=coords,
         settings={
             "method": {"name": type(settings).__name__, **settings.describe()},
-            "family": {"name": chosen.name, **asdict(chosen)},  # type: ignore[call-overload]
+            "family": chosen.describe(),
             "tol": tol,
             "max_passes": max_passes,
             "seed": seed,
@@ -189,13 +191,19 @@ def _coords(model: Model, data: ShardedDataset) -> Coords:
         dims = []
         for size, name in zip(site.shape, model.dims[site.name], strict=True):
             if name not in data.fields:
-                raise ModelError(f"dims of {site.name!r} name {name!r}, which is not a field of the data ({', '.join(data.fields)})")
+                raise ModelError(
+                    f"dims of {site.name!r} name {name!r}, which is not a field of the data ({', '.join(data.fields)})"
+                )
             labels = data.fields[name].categories or data.fields[name].columns
             if labels is None:
-                raise ModelError(f"dims of {site.name!r} name the field {name!r}, which has neither categories nor columns to label with")
+                raise ModelError(
+                    f"dims of {site.name!r} name the field {name!r}, which has neither categories nor columns to "
+                    "label with"
+                )
             if len(labels) != size:
                 raise ModelError(
-                    f"{site.name!r} has {size} elements along {name!r}, and the field has {len(labels)} labels; make them agree"
+                    f"{site.name!r} has {size} elements along {name!r}, and the field has {len(labels)} labels; make "
+                    "them agree"
                 )
             dims.append((name, tuple(map(str, labels))))
         coords[site.name] = tuple(dims)

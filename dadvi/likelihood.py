@@ -1,10 +1,11 @@
 """The likelihood on data: a model that has met its fields, and how it is evaluated on a chunk for K draws at once.
 
-The user writes the likelihood of a chunk's rows given *one* draw. `BoundModel` evaluates it for K draws in the fastest of three
-ways that agrees with calling it once a draw:
+The user writes the likelihood of a chunk's rows given *one* draw. `BoundModel` evaluates it for K draws in the
+fastest of three ways that agrees with calling it once a draw:
 
 - ``"parameters"``: vmap the function only as far as the distribution's parameters, then score (K, rows) at once.
-  Under vmap a distribution's log_prob falls apart into many elementwise kernels, which costs more than the products before it;
+  Under vmap a distribution's log_prob falls apart into many elementwise kernels, which costs more than the products
+  before it;
 - ``"vmap"``: the whole function under vmap;
 - ``"loop"``: once a draw.
 """
@@ -38,7 +39,7 @@ class BoundModel:
     def log_lik(self, eta: Tensor, batch: Batch) -> Tensor:
         """Return Σ_i ℓ_i(η_k) over the batch's rows, (K,) float64, differentiable in η (K, D)."""
         latents, _ = self.model.space.constrain(eta)
-        # The empty sum makes it a function of η, with gradient 0, also where the likelihood makes no use of the latents.
+        # The empty sum makes it a function of η, with gradient 0, also where the likelihood has no use for latents.
         return self.log_lik_rows(latents, batch).sum(1, dtype=torch.float64) + eta[:, :0].sum(1)
 
     def log_lik_rows(self, latents: Latents, batch: Batch) -> Tensor:
@@ -70,11 +71,27 @@ class BoundModel:
         """Refuse non-finite fields and negative weights, as `check_rows`."""
         for name in self.fields:
             if batch[name].is_floating_point():
-                finite = torch.isfinite(batch[name]).flatten(1).all(1) if batch[name].dim() > 1 else torch.isfinite(batch[name])
-                _refuse(~finite, batch[name], first_row, f"field {name!r} has {{count}} rows that are not finite", "drop or impute them")
+                finite = (
+                    torch.isfinite(batch[name]).flatten(1).all(1)
+                    if batch[name].dim() > 1
+                    else torch.isfinite(batch[name])
+                )
+                _refuse(
+                    ~finite,
+                    batch[name],
+                    first_row,
+                    f"field {name!r} has {{count}} rows that are not finite",
+                    "drop or impute them",
+                )
         if self.model.weight is not None:
             weight = batch[self.model.weight]
-            _refuse(weight < 0, weight, first_row, f"weight {self.model.weight!r} is negative in {{count}} rows", "weights must be ≥ 0")
+            _refuse(
+                weight < 0,
+                weight,
+                first_row,
+                f"weight {self.model.weight!r} is negative in {{count}} rows",
+                "weights must be ≥ 0",
+            )
 
     def check_observed(self, batch: Batch, first_row: int) -> None:
         """Refuse observed values outside the support of the likelihood's distribution at the start, as `check_rows`."""
@@ -93,12 +110,15 @@ class BoundModel:
         inside = inside.expand(observed.shape[: inside.dim()] if inside.dim() else observed.shape[:1])
         if inside.dim() > 1:
             inside = inside.flatten(1).all(1)
-        what = f"observed field {self.model.observed!r} has {{count}} rows outside the support of {type(distribution).__name__}"
+        support_of = f"the support of {type(distribution).__name__}"
+        what = f"observed field {self.model.observed!r} has {{count}} rows outside {support_of}"
         _refuse(~inside, observed, first_row, what, "choose a likelihood whose support holds them, or mend the data")
 
     def _cast(self, batch: Batch) -> dict[str, Tensor]:
         return {
-            name: batch[name].to(self.dtype) if batch[name].is_floating_point() or name == self.model.weight else batch[name]
+            name: batch[name].to(self.dtype)
+            if batch[name].is_floating_point() or name == self.model.weight
+            else batch[name]
             for name in self.fields
         }
 
@@ -116,26 +136,32 @@ class BoundModel:
 
     def _distribution_of_all(self, latents: Latents, rows: Batch) -> Distribution:
         """Return the likelihood's distribution with batch shape (K, rows), its parameters computed under vmap."""
-        kind: type[Distribution] = Distribution
+        make: Callable[..., Distribution] = Distribution
         missing = 0
 
         def parameters(draw: Latents) -> dict[str, Tensor]:
-            nonlocal kind, missing
+            nonlocal make, missing
             distribution = self._call(draw, rows)
-            kind, missing = type(distribution), 1 - len(distribution.batch_shape)
+            make, missing = type(distribution), 1 - len(distribution.batch_shape)
             if distribution.event_shape:  # the parameters of joint distributions are costly to spread over rows
-                raise TypeError(f"{kind.__name__} has an event shape")
-            return {name: distribution.__dict__[name] for name in distribution.arg_constraints if name in distribution.__dict__}
+                raise TypeError(f"{type(distribution).__name__} has an event shape")
+            return {
+                name: distribution.__dict__[name]
+                for name in distribution.arg_constraints
+                if name in distribution.__dict__
+            }
 
         spread = torch.func.vmap(parameters)(latents)
-        return kind(**{name: p.reshape(len(p), *[1] * missing, *p.shape[1:]) for name, p in spread.items()})
+        return make(**{name: p.reshape(len(p), *[1] * missing, *p.shape[1:]) for name, p in spread.items()})
 
 
 def _refuse(bad: Tensor, values: Tensor, first_row: int, what: str, remedy: str) -> None:
     if bad.any():
         at = int(bad.nonzero()[0, 0])
         value = values[at].tolist()
-        raise DataError(f"{what.format(count=int(bad.sum()))}, the first in row {first_row + at} (value {value}); {remedy}")
+        raise DataError(
+            f"{what.format(count=int(bad.sum()))}, the first in row {first_row + at} (value {value}); {remedy}"
+        )
 
 
 def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple[int, Batch]]) -> BoundModel:
@@ -151,8 +177,8 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
     Raises
     ------
     ModelError
-        If a name is unknown or ambiguous, the likelihood fails, has the wrong shape, is not finite at the start, or is not
-        additive over rows.
+        If a name is unknown or ambiguous, the likelihood fails, has the wrong shape, is not finite at the start, or
+        is not additive over rows.
     DataError
         If these rows are not finite or lie outside the likelihood's support.
 
@@ -173,11 +199,18 @@ def _resolve_names(model: Model, fields: Mapping[str, torch.dtype]) -> BoundMode
     if both:
         raise ModelError(f"{both[0]!r} is both a latent and a field; rename one of them")
     wanted: list[tuple[str, str]] = [(name, "the likelihood takes") for name in model.required if name not in latents]
-    wanted += [(name, f"{role} is") for role, name in (("observed", model.observed), ("weight", model.weight)) if name is not None]
+    wanted += [
+        (name, f"{role} is")
+        for role, name in (("observed", model.observed), ("weight", model.weight))
+        if name is not None
+    ]
     for name, role in wanted:
         if name not in fields:
             known = ", ".join(sorted(fields))
-            raise ModelError(f"{role} {name!r}, which is neither a latent ({', '.join(sorted(latents))}) nor a field of the data ({known})")
+            raise ModelError(
+                f"{role} {name!r}, which is neither a latent ({', '.join(sorted(latents))}) nor a field of the data "
+                f"({known})"
+            )
     arguments = tuple(name for name in (*model.required, *model.optional) if name in fields)
     used = tuple(dict.fromkeys((*arguments, *(name for name, role in wanted if role != "the likelihood takes"))))
     floating = [fields[name] for name in used if fields[name].is_floating_point]
@@ -202,23 +235,29 @@ def _check_result(bound: BoundModel, batch: Batch, first_row: int) -> None:
     """Call the likelihood on one draw as the user wrote it, and check what it returns."""
     latents, _ = bound.model.space.constrain(bound.model.start[None])
     one = {name: latents[name][0].to(bound.dtype) for name in bound.latents}
-    rows = bound._cast(batch)  # noqa: SLF001
+    rows = bound._cast(batch)
     num_rows = len(next(iter(rows.values())))
     shapes = {name: tuple(value.shape) for name, value in {**one, **rows}.items()}
     try:
-        result = bound._call(one, rows)  # noqa: SLF001
+        result = bound._call(one, rows)
         if bound.model.observed is not None and not isinstance(result, Distribution):
-            raise ModelError(f"likelihood returned a {type(result).__name__}; it must return a torch distribution (or use log_likelihood=)")
+            raise ModelError(
+                f"likelihood returned a {type(result).__name__}; it must return a torch distribution (or use "
+                "log_likelihood=)"
+            )
         try:
             with unvalidated():  # a value outside the support has its own message, with row and count
-                log_lik = bound._log_lik_of_one(one, rows)  # noqa: SLF001
+                log_lik = bound._log_lik_of_one(one, rows)
         except (IndexError, RuntimeError):
             bound.check_observed(batch, first_row)  # some densities fail there instead of telling
             raise
     except InputError:
         raise
     except Exception as error:
-        raise ModelError(f"the likelihood failed on {num_rows} rows: {type(error).__name__}: {error}. Shapes of its arguments: {shapes}") from error
+        raise ModelError(
+            f"the likelihood failed on {num_rows} rows: {type(error).__name__}: {error}. Shapes of its arguments: "
+            f"{shapes}"
+        ) from error
     if not isinstance(log_lik, Tensor) or log_lik.shape != (num_rows,):
         seen = f"shape {tuple(log_lik.shape)}" if isinstance(log_lik, Tensor) else f"type {type(log_lik).__name__}"
         raise ModelError(
@@ -227,7 +266,10 @@ def _check_result(bound: BoundModel, batch: Batch, first_row: int) -> None:
             f"torch.distributions.Independent(..., 1); where shapes broadcast, squeeze the field"
         )
     if bound.model.weight is not None and rows[bound.model.weight].shape != (num_rows,):
-        raise ModelError(f"weight {bound.model.weight!r} has shape {tuple(rows[bound.model.weight].shape)}; it must be one number a row, ({num_rows},)")
+        raise ModelError(
+            f"weight {bound.model.weight!r} has shape {tuple(rows[bound.model.weight].shape)}; it must be one number "
+            f"a row, ({num_rows},)"
+        )
 
 
 def _check_finite_start(bound: BoundModel, batch: Batch, first_row: int) -> None:
@@ -237,7 +279,8 @@ def _check_finite_start(bound: BoundModel, batch: Batch, first_row: int) -> None
         row = int((~torch.isfinite(log_lik)).nonzero()[0, 0])
         values = {name: z[0].tolist() for name, z in latents.items() if z[0].numel() <= 8}
         raise ModelError(
-            f"the log-likelihood of row {first_row + row} is {log_lik[row].item()} at the starting point; it must be finite there. "
+            f"the log-likelihood of row {first_row + row} is {log_lik[row].item()} at the starting point; it must be "
+            "finite there. "
             f"Latents at the start: {values}. Rescale the predictors or centre the prior nearer to the data"
         )
 
@@ -257,8 +300,10 @@ def _check_additive(bound: BoundModel, batches: Sequence[Batch]) -> None:
     if not torch.allclose(together, apart, rtol=1e-6, atol=1e-8, equal_nan=True):
         row = int((together - apart).abs().nan_to_num().amax(0).argmax())
         raise ModelError(
-            f"the likelihood is not additive over rows: row {row} of {num_rows} has log-likelihood {together[0, row].item():.8g} "
-            f"beside all of them and {apart[0, row].item():.8g} beside half of them. It must treat each row by itself: compute "
+            f"the likelihood is not additive over rows: row {row} of {num_rows} has log-likelihood "
+            f"{together[0, row].item():.8g} "
+            f"beside all of them and {apart[0, row].item():.8g} beside half of them. It must treat each row by "
+            "itself: compute "
             f"means, standardisations and ranks when the data are written"
         )
 
@@ -276,9 +321,12 @@ def _fastest_strategy(bound: BoundModel, batch: Batch) -> Strategy:
     for strategy in candidates:
         try:
             candidate = _value_and_grad(replace(bound, strategy=strategy).log_lik, eta, batch)
-        except Exception:  # noqa: BLE001, S112, PERF203  whatever stops this way, the next one is tried; the last is the reference
+        except Exception:  # noqa: BLE001, S112  whatever stops this way, the next one is tried; the last is the reference
             continue
-        if all(torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in zip(candidate, reference, strict=True)):
+        if all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
+            for a, b in zip(candidate, reference, strict=True)
+        ):
             return strategy
     return "loop"
 

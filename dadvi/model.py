@@ -10,16 +10,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
 
 from dadvi.errors import ModelError
 from dadvi.supports import support_to_json
 from dadvi.transforms import LatentSpace, Site
 from dadvi.types import Latents
+
+T = TypeVar("T")
 
 Prior: TypeAlias = Distribution | Callable[..., Distribution]
 
@@ -30,11 +33,12 @@ class Model:
     Parameters
     ----------
     prior
-        Name to distribution, or to a function that returns one; a function's arguments are latents that stand before it.
-        A latent has the distribution's shape (batch_shape + event_shape).
+        Name to distribution, or to a function that returns one; a function's arguments are latents that stand before
+        it. A latent has the distribution's shape (batch_shape + event_shape).
     likelihood
-        Function of latents and fields, by argument name, that returns the distribution of the observed field, with batch
-        shape (rows,). It sees one draw of the latents and the rows of one chunk, and treats every row by itself.
+        Function of latents and fields, by argument name, that returns the distribution of the observed field, with
+        batch shape (rows,). It sees one draw of the latents and the rows of one chunk, and treats every row by
+        itself.
     observed
         Field that the likelihood's distribution scores.
     log_likelihood
@@ -42,14 +46,14 @@ class Model:
     weight
         Field (rows,) that multiplies each row's log-likelihood.
     dims
-        Latent to the fields that its dimensions run along, to label it in results: ``{"effect": "carrier"}`` labels its elements
-        by the categories of the field ``carrier``, or by its columns.
+        Latent to the fields that its dimensions run along, to label it in results: ``{"effect": "carrier"}`` labels
+        its elements by the categories of the field ``carrier``, or by its columns.
 
     Raises
     ------
     ModelError
-        If a latent is discrete or its support depends on another latent, an argument's name is unknown, a shape does not
-        fit, or the prior's density is not finite at the starting point.
+        If a latent is discrete or its support depends on another latent, an argument's name is unknown, a shape does
+        not fit, or the prior's density is not finite at the starting point.
 
     """
 
@@ -67,7 +71,10 @@ class Model:
             given = "both" if likelihood is not None else "neither"
             raise ModelError(f"Model needs either likelihood= with observed=, or log_likelihood=; {given} was given")
         if (likelihood is None) != (observed is None):
-            raise ModelError("likelihood= and observed= go together: observed names the field that the likelihood's distribution scores")
+            raise ModelError(
+                "likelihood= and observed= go together: observed names the field that the likelihood's distribution "
+                "scores"
+            )
         if not prior:
             raise ModelError("prior={}: a model needs at least one latent")
         self.row_function: Callable[..., Any] = likelihood or log_likelihood  # type: ignore[assignment]
@@ -80,7 +87,9 @@ class Model:
         value = self.log_prior(self.start[None])[0]
         if not torch.isfinite(value):
             values = {name: z[0].tolist() for name, z in self.space.constrain(self.start[None])[0].items()}
-            raise ModelError(f"the prior's log-density at the starting point is {value}; it must be finite there. Start: {values}")
+            raise ModelError(
+                f"the prior's log-density at the starting point is {value}; it must be finite there. Start: {values}"
+            )
 
     @property
     def dim(self) -> int:
@@ -106,38 +115,45 @@ def _check_dims(dims: Mapping[str, tuple[str, ...]], space: LatentSpace) -> None
         if name not in shapes:
             raise ModelError(f"dims name {name!r}, which is not a latent ({', '.join(shapes)})")
         if len(along) != len(shapes[name]):
-            raise ModelError(f"dims of {name!r} are {along}, and its shape is {shapes[name]}; give a field for each dimension")
+            raise ModelError(
+                f"dims of {name!r} are {along}, and its shape is {shapes[name]}; give a field for each dimension"
+            )
 
 
 def argument_names(function: Callable[..., Any], what: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of a function's arguments without and with a default; variadic ones are refused."""
-    required, optional = [], []
+    required: list[str] = []
+    optional: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ModelError(f"{what} takes the argument {str(parameter)!r}; name every latent and field it uses as an argument instead")
+            raise ModelError(
+                f"{what} takes the argument {str(parameter)!r}; name every latent and field it uses as an argument "
+                "instead"
+            )
         (required if parameter.default is parameter.empty else optional).append(parameter.name)
     return tuple(required), tuple(optional)
 
 
-def over_draws(function: Callable[..., Any], latents: Latents, *, vectorised: bool) -> Any:
+def over_draws(function: Callable[[Latents], Tensor], latents: Latents, *, vectorised: bool) -> Tensor:
     """Apply a function of one draw to K draws at once with vmap, or one after the other where vmap cannot."""
     if vectorised:
-        return torch.func.vmap(function)(latents)
+        mapped: Tensor = torch.func.vmap(function)(latents)
+        return mapped
     num_draws = len(next(iter(latents.values())))
     return torch.stack([function({name: z[k] for name, z in latents.items()}) for k in range(num_draws)])
 
 
-def double(value: Any) -> Any:
-    """Return a distribution with its tensors in float64: torch scores in the dtype of the parameters, and θ is float64."""
+def double(value: T) -> T:
+    """Return a distribution with its tensors in float64: torch scores in the dtype of its parameters."""
+    result: Any = value
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, list | tuple):
-        return type(value)(double(each) for each in value)
-    if isinstance(value, Distribution | Transform):
-        copied = copy.copy(value)
-        copied.__dict__ = {name: double(each) for name, each in copied.__dict__.items()}
-        return copied
-    return value
+        result = value.double() if value.is_floating_point() else value
+    elif isinstance(value, list | tuple):
+        result = type(value)(double(each) for each in value)
+    elif isinstance(value, Distribution | Transform):
+        result = copy.copy(value)
+        result.__dict__ = {name: double(each) for name, each in vars(value).items()}
+    return cast(T, result)
 
 
 _lock = threading.Lock()
@@ -149,12 +165,13 @@ _validated_outside = True
 def unvalidated() -> Iterator[None]:
     """Switch torch.distributions' argument checks off: they cost kernels, and their data-dependent branches stop vmap.
 
-    The switch is one for the whole process, so nested and concurrent uses are counted, and the last one out restores it.
+    The switch is one for the whole process, so nested and concurrent uses are counted, and the last one out restores
+    it.
     """
-    global _depth, _validated_outside  # noqa: PLW0603
+    global _depth, _validated_outside
     with _lock:
         if _depth == 0:
-            _validated_outside = Distribution._validate_args  # noqa: SLF001
+            _validated_outside = Distribution._validate_args
             Distribution.set_default_validate_args(False)
         _depth += 1
     try:
@@ -187,8 +204,7 @@ class _SitePrior:
             density: Tensor = self.spec.log_prob(latents[self.name])
             return density.reshape(len(density), -1).sum(1)
         used = {name: latents[name] for name in (*self.parents, self.name)}
-        density = over_draws(self._log_prob_of_one, used, vectorised=self.vectorised)
-        return density
+        return over_draws(self._log_prob_of_one, used, vectorised=self.vectorised)
 
     def _log_prob_of_one(self, latents: Latents) -> Tensor:
         return self.distribution(latents).log_prob(latents[self.name]).sum()
@@ -202,13 +218,15 @@ def _resolve(prior: Mapping[str, Prior]) -> tuple[list[_SitePrior], LatentSpace,
     latents: dict[str, Tensor] = {}  # one draw, at the start
     for name, spec in prior.items():
         if not (isinstance(name, str) and name.isidentifier()):
-            raise ModelError(f"latent name {name!r} is not an identifier; the likelihood could not take it as an argument")
+            raise ModelError(
+                f"latent name {name!r} is not an identifier; the likelihood could not take it as an argument"
+            )
         parents = _parents(name, spec, latents)
         site_prior = _SitePrior(name, double(spec) if isinstance(spec, Distribution) else spec, parents)
         distribution = _evaluate(site_prior, latents)
         shape = distribution.batch_shape + distribution.event_shape
         offset = sites[-1].offset + sites[-1].size if sites else 0
-        site = Site.make(name, shape, distribution.support, offset)
+        site = Site.make(name, shape, _support(name, distribution), offset)
         start = _start(distribution, site)
         latents[name] = site.constrain(start[None])[0][0]
         _check_log_prob_shape(site_prior, distribution, latents)
@@ -229,12 +247,17 @@ def _parents(name: str, spec: Prior, earlier: Latents) -> tuple[str, ...]:
     if isinstance(spec, Distribution):
         return ()
     if not callable(spec):
-        raise ModelError(f"prior of {name!r} is a {type(spec).__name__}; give a torch distribution, or a function that returns one")
+        raise ModelError(
+            f"prior of {name!r} is a {type(spec).__name__}; give a torch distribution, or a function that returns one"
+        )
     required, optional = argument_names(spec, f"the prior of {name!r}")
     for parent in required:
         if parent not in earlier:
             before = ", ".join(map(repr, earlier)) or "none"
-            raise ModelError(f"the prior of {name!r} takes {parent!r}, which is not a latent before it (those are: {before}); reorder or rename")
+            raise ModelError(
+                f"the prior of {name!r} takes {parent!r}, which is not a latent before it (those are: {before}); "
+                "reorder or rename"
+            )
     return (*required, *(parent for parent in optional if parent in earlier))
 
 
@@ -243,10 +266,28 @@ def _evaluate(site_prior: _SitePrior, latents: Latents) -> Distribution:
         distribution = site_prior.distribution(latents)
     except Exception as error:
         shapes = {parent: tuple(latents[parent].shape) for parent in site_prior.parents}
-        raise ModelError(f"the prior of {site_prior.name!r} failed on latents of shape {shapes}: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"the prior of {site_prior.name!r} failed on latents of shape {shapes}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(distribution, Distribution):
-        raise ModelError(f"the prior of {site_prior.name!r} returned a {type(distribution).__name__}; it must return a torch distribution")
+        raise ModelError(
+            f"the prior of {site_prior.name!r} returned a {type(distribution).__name__}; it must return a torch "
+            "distribution"
+        )
     return distribution
+
+
+def _support(name: str, distribution: Distribution) -> Constraint:
+    try:
+        support = distribution.support
+    except NotImplementedError:
+        support = None
+    if support is None:
+        kind = type(distribution).__name__
+        raise ModelError(
+            f"the prior of {name!r}, a {kind}, does not tell its support; give dadvi.Constrained(it, support)"
+        )
+    return support
 
 
 def _start(distribution: Distribution, site: Site) -> Tensor:
@@ -265,20 +306,25 @@ def _check_log_prob_shape(site_prior: _SitePrior, distribution: Distribution, la
     try:
         density = distribution.log_prob(latents[site_prior.name])
     except Exception as error:
-        raise ModelError(f"the prior of {site_prior.name!r} cannot score its own starting value: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"the prior of {site_prior.name!r} cannot score its own starting value: {type(error).__name__}: {error}"
+        ) from error
     if density.shape != distribution.batch_shape:
         raise ModelError(
-            f"the log-density of {site_prior.name!r} has shape {tuple(density.shape)}; its distribution's batch shape is "
+            f"the log-density of {site_prior.name!r} has shape {tuple(density.shape)}; its distribution's batch "
+            "shape is "
             f"{tuple(distribution.batch_shape)}. Wrap it in torch.distributions.Independent, or expand it"
         )
 
 
 def _check_fixed_support(site_prior: _SitePrior, site: Site, elsewhere: Latents) -> None:
     distribution = _evaluate(site_prior, elsewhere)
-    there = Site.make(site.name, distribution.batch_shape + distribution.event_shape, distribution.support)
+    shape = distribution.batch_shape + distribution.event_shape
+    there = Site.make(site.name, shape, _support(site.name, distribution))
     if there.shape != site.shape or support_to_json(there.support) != support_to_json(site.support):
         raise ModelError(
-            f"the shape or support of {site_prior.name!r} changes with the value of {', '.join(site_prior.parents)}; it must stay "
+            f"the shape or support of {site_prior.name!r} changes with the value of {', '.join(site_prior.parents)}; "
+            "it must stay "
             f"as it is. Put the prior on a latent of fixed support and compute the other from it, for instance "
             f"Uniform(0, 1) times the bound in place of Uniform(0, bound)"
         )
@@ -288,7 +334,7 @@ def _vmap_agrees(site_prior: _SitePrior, latents: Latents) -> bool:
     """Tell whether the prior's function can run under vmap; if not it runs once a draw."""
     with unvalidated():
         one_by_one = torch.stack(
-            [site_prior._log_prob_of_one({name: z[k] for name, z in latents.items()}) for k in range(2)]  # noqa: SLF001
+            [site_prior._log_prob_of_one({name: z[k] for name, z in latents.items()}) for k in range(2)]
         )
         try:
             together = site_prior.log_prob(latents)

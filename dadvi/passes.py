@@ -1,8 +1,8 @@
 """What a pass can sum over rows, and how one shard is summed.
 
-A pass is a pure function of (model, batch, arguments). It is summed over a shard's chunks in order, by one thread on one worker, and
-over shards by a fixed tree, so that the result has the same bits wherever and in whatever order shards are worked on.
-Sums are float64 whatever the dtype of the rows.
+A pass is a pure function of (model, batch, arguments). It is summed over a shard's chunks in order, by one thread on
+one worker, and over shards by a fixed tree, so that the result has the same bits wherever and in whatever order
+shards are worked on. Sums are float64 whatever the dtype of the rows.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
@@ -172,7 +171,10 @@ def sum_shard(
                 raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
             except Exception as error:
                 first, last = manifest.rows(chunk)
-                raise WorkError(f"pass {work.name!r} failed on {where} (rows {first} to {last - 1}): {type(error).__name__}: {error}") from error
+                raise WorkError(
+                    f"pass {work.name!r} failed on {where} (rows {first} to {last - 1}): {type(error).__name__}: "
+                    f"{error}"
+                ) from error
             total = part if total is None else add(total, part)
     if total is None:
         raise DataError(f"pass {work.name!r} was given no chunks")
@@ -181,7 +183,7 @@ def sum_shard(
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Run torch on one thread: parallelism comes from workers, and the bits must not depend on how many cores there are."""
+    """Run torch on one thread: parallelism comes from workers, and the bits must not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

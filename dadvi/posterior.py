@@ -1,4 +1,4 @@
-"""The result of a fit: a Gaussian over unconstrained latents, what it means for the latents, and how well it was fitted."""
+"""The result of a fit: a Gaussian over unconstrained latents, what it says of them, and how well it was fitted."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
+from itertools import product
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -70,9 +71,10 @@ class Fitted:
 class Posterior:
     """A fitted posterior.
 
-    `unconstrained` is the member of the variational family, with ``loc`` (D,), ``stddev`` (D,) and ``covariance_matrix`` (D, D).
-    `status` is "converged" (the certificate is within the tolerance), "stopped" or "diverged", and `reason` says why the run ended.
-    `certificate` is None where the run ended without one. `elbo` is in nats, `passes` is rows read over N.
+    `unconstrained` is the member of the variational family, with ``loc`` (D,), ``stddev`` (D,) and
+    ``covariance_matrix`` (D, D). `status` is "converged" (the certificate is within the tolerance), "stopped" or
+    "diverged", and `reason` says why the run ended. `certificate` is None where the run ended without one. `elbo` is
+    in nats, `passes` is rows read over N.
     """
 
     space: LatentSpace
@@ -95,9 +97,7 @@ class Posterior:
     def names(self) -> tuple[str, ...]:
         """Which latent each of the D unconstrained coordinates belongs to, such as "beta[3]"."""
         return tuple(
-            label
-            for site in self.space.sites
-            for label in (self._labels(site) if site.elementwise else site.labels)
+            label for site in self.space.sites for label in (self._labels(site) if site.elementwise else site.labels)
         )
 
     def sample(self, num_draws: int, seed: int = 0) -> dict[str, Tensor]:
@@ -120,8 +120,8 @@ class Posterior:
     def summary(self, quantiles: Sequence[float] = (0.05, 0.5, 0.95)) -> pd.DataFrame:
         """Return mean, sd and quantiles of every scalar of every latent.
 
-        For latents transformed element by element they are exact, by Gauss-Hermite quadrature and the transform of the Gaussian's
-        quantiles; for others, such as a simplex, they are those of 20 000 draws.
+        For latents transformed element by element they are exact, by Gauss-Hermite quadrature and the transform of
+        the Gaussian's quantiles; for others, such as a simplex, they are those of 20 000 draws.
 
         Raises
         ------
@@ -169,15 +169,14 @@ class Posterior:
         axes: Iterable[Sequence[object]] = [range(size) for size in site.shape]
         if site.name in self.coords:
             axes = [labels for _, labels in self.coords[site.name]]
-        index = pd.MultiIndex.from_product(axes) if site.shape else [()]
-        return [f"{site.name}[{', '.join(map(str, at))}]" if at else site.name for at in index]
+        return [f"{site.name}[{', '.join(map(str, at))}]" if at else site.name for at in product(*axes)]
 
     def to_datatree(self, num_draws: int = 1_000, seed: int = 0) -> xr.DataTree:
         """Return draws as an xarray DataTree in ArviZ's layout.
 
-        The group ``posterior`` has variables (chain=1, draw, *shape), with coordinates from category and column names where the
-        model names its dimensions; ``sample_stats`` has ``log_q``, the log-density of each draw under q. How well the posterior
-        was fitted is in the attributes.
+        The group ``posterior`` has variables (chain=1, draw, *shape), with coordinates from category and column names
+        where the model names its dimensions; ``sample_stats`` has ``log_q``, the log-density of each draw under q.
+        How well the posterior was fitted is in the attributes.
         """
         latents, eta = self._draw(num_draws, seed)
         coords: dict[str, Any] = {"chain": [0], "draw": np.arange(num_draws)}
@@ -209,7 +208,9 @@ class Posterior:
         return xr.DataTree.from_dict(groups)
 
     def save(self, location: Location, *, overwrite: bool = False, storage_options: Options = None) -> None:
-        """Write the posterior as a Zarr group with a JSON description: no code, nothing pickled. It appears whole or not at all.
+        """Write the posterior as a Zarr group with a JSON description: no code, nothing pickled.
+
+        It appears whole or not at all.
 
         Raises
         ------
@@ -229,9 +230,10 @@ class Posterior:
         return {
             "format": FORMAT,
             "sites": [
-                {"name": site.name, "shape": list(site.shape), "support": support_to_json(site.support)} for site in self.space.sites
+                {"name": site.name, "shape": list(site.shape), "support": support_to_json(site.support)}
+                for site in self.space.sites
             ],
-            "family": {"name": self.unconstrained.family.name, **asdict(self.unconstrained.family)},  # type: ignore[call-overload]
+            "family": self.unconstrained.family.describe(),
             "status": self.status,
             "reason": self.reason,
             "elbo": self.elbo,
@@ -255,20 +257,27 @@ def load_posterior(location: Location, storage_options: Options = None) -> Poste
     resolved = resolve(location, storage_options)
     try:
         group = zarr.open_group(open_store(resolved, storage_options, read_only=True), mode="r")
-        stored = group.attrs[ATTRIBUTE]
-        document, recorded = stored["document"], stored["digest"]  # type: ignore[index, call-overload]
+        stored: Any = group.attrs[ATTRIBUTE]
+        document, recorded = stored["document"], stored["digest"]
         later = document["format"] > FORMAT
         params = {} if later else {name: np.asarray(array[...]) for name, array in group.arrays()}
     except DataError:
         raise
     except Exception as error:
         # Damaged bytes make a store, a codec or a lookup raise anything.
-        raise DataError(f"{resolved} does not hold a posterior that can be read ({error!r}); give what Posterior.save wrote") from error
+        raise DataError(
+            f"{resolved} does not hold a posterior that can be read ({error!r}); give what Posterior.save wrote"
+        ) from error
     if later:
-        raise DataError(f"{resolved} has format {document['format']}; this version of dadvi reads up to {FORMAT}: upgrade dadvi")
+        raise DataError(
+            f"{resolved} has format {document['format']}; this version of dadvi reads up to {FORMAT}: upgrade dadvi"
+        )
     actual = _digest(document, params)
     if actual != recorded:
-        raise DataError(f"{resolved} has changed since it was written: its digest is {actual}, and {recorded} was recorded; fit again")
+        raise DataError(
+            f"{resolved} has changed since it was written: its digest is {actual}, and {recorded} was recorded; fit "
+            "again"
+        )
     return _from_json(document, params)
 
 

@@ -28,7 +28,13 @@ def make_reporter(
     if not console.is_terminal or progress is False:
         yield _to_all(reporters)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left at most"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left at most"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as display:
         task = display.add_task("warm start", total=max_passes)
         yield _to_all([*reporters, lambda row: display.update(task, completed=row.passes, description=describe(row))])

@@ -1,9 +1,10 @@
-"""The quadratic model of log π about q: its curvature, measured by Hessian-vector passes, and the certificate that follows.
+"""The quadratic model of log π about q: its curvature, measured by Hessian-vector passes, and the certificate.
 
     P = −E_q[∇² log π]  (D, D)
 
-Made positive definite by absolute eigenvalues, P whitens the search (posterior sds become the unit of every step) and predicts the
-distance to the optimum from the full-data gradient: δ = P⁻¹ E_q[∇ log π]. In posterior sds, δ is the certificate.
+Made positive definite by absolute eigenvalues, P whitens the search (posterior sds become the unit of every step) and
+predicts the distance to the optimum from the full-data gradient: δ = P⁻¹ E_q[∇ log π]. In posterior sds, δ is the
+certificate.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +25,7 @@ from dadvi.sharding.sampling import subsample
 from dadvi.types import FloatArray, Purpose, random_stream
 
 DENSE_LIMIT = 2_000
-"""Up to this many coordinates the curvature is measured and held as a dense matrix; beyond, its diagonal is estimated."""
+"""Up to this many coordinates the curvature is held as a dense matrix; beyond, its diagonal is estimated."""
 
 CURVATURE_WORK = 1e8
 """Rows times tangents spent on one measurement of the curvature; beyond, a sample of chunks stands for the data."""
@@ -32,7 +33,7 @@ CURVATURE_WORK = 1e8
 DIAGONAL_PROBES = 32
 CERTIFICATE_DRAWS = 16
 PRIOR_DRAWS = 512
-"""Draws for the prior's part of a certificate. They cost no data, and scales of a hierarchy, skewed in log space, need them."""
+"""Draws for the prior's part of a certificate: they cost no data, and the skewed scales of a hierarchy need them."""
 
 _SMALLEST = 1e-12  # eigenvalues below this fraction of the largest are noise in float64
 
@@ -62,15 +63,15 @@ class DenseCurvature(Curvature):
     def of(cls, matrix: Tensor) -> "DenseCurvature":
         """Build from a symmetric matrix (D, D), which may be indefinite.
 
-        Eigenvalues are taken after scaling to a unit diagonal, so that the coordinates' units do not matter, and in absolute
-        value, so that the step P⁻¹g is uphill also where log π is not concave.
+        Eigenvalues are taken after scaling to a unit diagonal, so that the coordinates' units do not matter, and in
+        absolute value, so that the step P⁻¹g is uphill also where log π is not concave.
         """
         diagonal = matrix.diagonal().abs()
         unit = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()  # (D,)
         eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2 / unit[:, None] / unit)
         eigenvalues = eigenvalues.abs()
         eigenvalues = eigenvalues.clamp(min=_SMALLEST * float(eigenvalues.max().clamp(min=_SMALLEST)))
-        # R Rᵀ = P⁻¹ holds for (V Λ^-½), and so for the triangular factor of its QR decomposition, without squaring Λ's range.
+        # V Λ^-½ is a root of P⁻¹, and so is the triangular factor of its QR decomposition, without squaring Λ's range.
         upper = torch.linalg.qr((vectors * eigenvalues.rsqrt()).T, mode="r").R
         root = upper.T * upper.diagonal().sign() / unit[:, None]
         return cls(precision_diagonal=(vectors.square() @ eigenvalues) * unit.square(), root=root)
@@ -116,8 +117,8 @@ def curvature_of(hessian_times: Callable[[FloatArray], Tensor], dim: int, seed: 
     hessian_times
         Maps tangents (T, D) to products (T, D) with −E_q[∇² log π].
     dim
-        D. Up to `DENSE_LIMIT` the unit vectors are the tangents; beyond, the diagonal is estimated from random ±1 probes
-        (Bekas, Kokiopoulou & Saad 2007).
+        D. Up to `DENSE_LIMIT` the unit vectors are the tangents; beyond, the diagonal is estimated from random ±1
+        probes (Bekas, Kokiopoulou & Saad 2007).
 
     """
     if dim <= DENSE_LIMIT:
@@ -132,7 +133,8 @@ def measure_curvature(
 ) -> Curvature:
     """Measure −mean_k ∇² log π(η_k) at points η (K, D) on the chunks given, which stand for all the data.
 
-    The sum over m of C chunks is scaled by C/m. Prior and log-det enter once, at the same points or at `prior_eta` (K', D).
+    The sum over m of C chunks is scaled by C/m. Prior and log-det enter once, at the same points or at `prior_eta`
+    (K', D).
     """
     prior_eta = eta if prior_eta is None else prior_eta
     factor = executor.data.manifest.num_chunks / len(chunks)
@@ -161,7 +163,9 @@ def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
     if not grad.requires_grad:  # constant or linear in η
         return torch.zeros(tangents.shape, dtype=eta.dtype)
     products = [
-        torch.autograd.grad(grad, eta, v.expand_as(eta), retain_graph=True, allow_unused=True, materialize_grads=True)[0].mean(0)
+        torch.autograd.grad(grad, eta, v.expand_as(eta), retain_graph=True, allow_unused=True, materialize_grads=True)[
+            0
+        ].mean(0)
         for v in torch.from_numpy(tangents)
     ]
     return torch.stack(products)
@@ -171,8 +175,9 @@ def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
 class Certificate:
     """How far q is from the ELBO's optimum, as the full-data gradient and the curvature predict it.
 
-    `max` and `rms` are over the coordinates of the mean, in posterior sds. `sd_error` is the largest relative error of q's sds
-    against the family's optimum; nan for a family whose optimal sds do not follow from the curvature alone.
+    `max` and `rms` are over the coordinates of the mean, in posterior sds. `sd_error` is the largest relative error
+    of q's sds against the family's optimum; nan for a family whose optimal sds do not follow from the curvature
+    alone.
     """
 
     max: float
@@ -199,11 +204,15 @@ def certify(executor: Executor, q: Gaussian, seed: int) -> tuple[Certificate | N
     grad = torch.from_numpy(sums.grad).mean(0) + prior_grad.mean(0)
     elbo = float(sums.log_lik.mean() + prior.mean() + q.entropy())
     pair = eta[[0, CERTIFICATE_DRAWS // 2]]  # one antithetic pair
-    curvature = measure_curvature(executor, pair, curvature_chunks(executor.data.manifest, q.dim, seed), seed, prior_eta)
+    curvature = measure_curvature(
+        executor, pair, curvature_chunks(executor.data.manifest, q.dim, seed), seed, prior_eta
+    )
     if not isinstance(curvature, DenseCurvature):
         return None, elbo
     distance = curvature.solve(grad) / curvature.stddev
-    return Certificate(float(distance.abs().max()), float(distance.square().mean().sqrt()), _sd_error(q, curvature)), elbo
+    return Certificate(
+        float(distance.abs().max()), float(distance.square().mean().sqrt()), _sd_error(q, curvature)
+    ), elbo
 
 
 def _sd_error(q: Gaussian, curvature: DenseCurvature) -> float:

@@ -1,7 +1,7 @@
 """The resident subsample S: a few random chunks in memory, and the fit to S alone that a run starts from.
 
-The warm start is the posterior *given S alone*, unscaled: scales of a hierarchy stay sane, because shrinkage is then right for the
-rows that S has. Its mean lies within about √(N / rows in S) posterior sds of where the run is to end.
+The warm start is the posterior *given S alone*, unscaled: scales of a hierarchy stay sane, because shrinkage is then
+right for the rows that S has. Its mean lies within about √(N / rows in S) posterior sds of where the run is to end.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,9 @@ class Subsample:
         for chunk in chunks:
             batch = data.read(chunk, model.fields)
             model.check_rows(batch, data.manifest.rows(chunk)[0])
-            batches.append({name: value.double() if value.is_floating_point() else value for name, value in batch.items()})
+            batches.append(
+                {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+            )
         return cls(replace(model, dtype=torch.float64), tuple(batches))
 
     def run(self, work: Pass[Sums]) -> Sums:
@@ -95,9 +97,12 @@ def warm_start(subsample: Subsample, seed: int) -> Gaussian:
             break
         x[model.dim :] -= np.log(10)
     else:
-        values = {name: z[0].tolist() for name, z in model.space.constrain(center[None])[0].items() if z[0].numel() <= 8}
+        values = {
+            name: z[0].tolist() for name, z in model.space.constrain(center[None])[0].items() if z[0].numel() <= 8
+        }
         raise ModelError(
-            f"the log posterior is not finite around the starting point {values}, even within {10.0**-_NARROWINGS:g} of the sds "
+            f"the log posterior is not finite around the starting point {values}, even within {10.0**-_NARROWINGS:g} "
+            "of the sds "
             f"its curvature gives; rescale the predictors or choose tighter priors"
         )
     options = {"maxiter": WARM_START_ITERATIONS, "maxcor": 30, "ftol": 1e-8}

@@ -12,10 +12,10 @@ from dadvi.quadratic import Curvature, DenseCurvature
 class Whitening:
     """Search parameters θ of a family, made from the curvature P = (R Rᵀ)⁻¹ at a point.
 
-    The location is searched as v with η = center + R v: there log π has unit curvature in every direction, whatever the family.
-    Everything else of the family lives in u = U⁻¹(η − center). A family closed under linear maps has U = R, so that its optimum
-    is near N(0, I); others have U diagonal with 1/√P_jj, the sds of a mean-field optimum.
-    θ are the family's parameters in u-space, but for ``loc``, which is v.
+    The location is searched as v with η = center + R v: there log π has unit curvature in every direction, whatever
+    the family. Everything else of the family lives in u = U⁻¹(η − center). A family closed under linear maps has U =
+    R, so that its optimum is near N(0, I); others have U diagonal with 1/√P_jj, the sds of a mean-field optimum. θ
+    are the family's parameters in u-space, but for ``loc``, which is v.
     """
 
     family: Family
@@ -46,13 +46,13 @@ class Whitening:
 
     def params(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the family's parameters in u-space."""
-        if self.basis.dim() == 2:  # noqa: PLR2004
+        if self.basis.dim() == 2:
             return theta
         return {**theta, "loc": self.curvature.root_times(theta["loc"]) / self.basis}
 
     def pull_back(self, grad: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a gradient in the family's u-space parameters as one in θ."""
-        if self.basis.dim() == 2:  # noqa: PLR2004
+        if self.basis.dim() == 2:
             return grad
         return {**grad, "loc": self.curvature.root_transpose_times(grad["loc"] / self.basis)}
 

@@ -114,7 +114,7 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
 
 
 def check_free(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
-    """Raise DataError when something stands at `path` that must not be replaced; the arguments are those of `staged`."""
+    """Raise DataError when something stands at `path` that must not be replaced; for the arguments see `staged`."""
     if path.exists():
         empty = path.is_dir() and not any(path.iterdir())
         _check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
