@@ -11,18 +11,19 @@ learning rate is in posterior sds a step.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dadvi.elbo import Design, Entropy, Estimate, draw_noise, estimate, log_joint
+from dadvi.elbo import Design, Entropy, Estimate, draw_noise, log_joint
 from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family
 from dadvi.optim import Averaging, OptimizerFactory, make_averaging, make_optimizer, make_schedule, settled
-from dadvi.passes import Gradient
+from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.quadratic import Certificate, certify, curvature_chunks, measure_curvature
 from dadvi.sharding import sampling
@@ -120,6 +121,7 @@ class ADVI:
             for name, value in values.items()
         }
 
+    @single_thread()
     def fit(
         self,
         executor: Executor,
@@ -268,7 +270,7 @@ class _Search:
     def _take_step(self, chunks: IntArray, stretch: _Stretch) -> None:
         self.step += 1
         est = self._estimate(chunks)
-        grad = self.whitening.pull_back(est.energy_grad if self.energy_only else est.grad)
+        grad = est.energy_grad if self.energy_only else est.grad
         if not (math.isfinite(est.elbo) and all(bool(g.isfinite().all()) for g in grad.values())):
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
@@ -284,19 +286,19 @@ class _Search:
         stretch.add(len(chunks), est.elbo, torch.cat([self.theta["loc"], self.theta["log_scale"]]).detach().numpy())
 
     def _estimate(self, chunks: IntArray) -> Estimate:
-        """Return the ELBO of θ and its gradient in u-space, from one minibatch."""
-        settings, whitening = self.settings, self.whitening
+        """Return the ELBO of θ and its gradient, from one minibatch."""
+        settings = self.settings
         rng = random_stream(self.seed, Purpose.DRAWS, 0 if settings.fixed_draws else self.step)
-        dim = self.family.noise_dim(len(whitening.center))
+        dim = self.family.noise_dim(self.q.dim)
         noise = draw_noise(settings.design, settings.num_draws, dim, rng, fixed=settings.fixed_draws)
-        params = {name: value.detach() for name, value in whitening.params(self.theta).items()}
-        eta = whitening.to_eta(self.family.transform(params, noise))
-        sums = self.executor.run(Gradient(eta.numpy()), chunks, check=self.epoch == 0, label=f"step {self.step}")
         factor = self.executor.data.manifest.num_chunks / len(chunks)
-        log_lik, log_lik_grad = (factor * torch.from_numpy(part) for part in sums)
-        value, grad = log_joint(self.executor.model.model, eta, log_lik, log_lik_grad)
-        est = estimate(self.family, params, noise, value, whitening.grad_to_u(grad), settings.estimator)
-        return replace(est, elbo=est.elbo + float(whitening.log_det))
+
+        def scaled_log_joint(eta: Tensor) -> tuple[Tensor, Tensor]:
+            sums = self.executor.run(Gradient(eta.numpy()), chunks, check=self.epoch == 0, label=f"step {self.step}")
+            log_lik, grad = (factor * torch.from_numpy(part) for part in sums)
+            return log_joint(self.executor.model.model, eta, log_lik, grad)
+
+        return self.whitening.estimate(self.theta, noise, scaled_log_joint, settings.estimator)
 
     def record(self, phase: str, elbo: float, **figures: float) -> None:
         """Add a row to the trace and report it."""

@@ -6,13 +6,16 @@ input or usage, 3 stopped before convergence (the result is saved), 4 diverged.
 
 import importlib.util
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum, StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import cloudpickle
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +23,7 @@ from rich.text import Text
 
 from dadvi.advi import ADVI
 from dadvi.checkpoint import POSTERIOR, is_run
-from dadvi.errors import InputError, ModelError
+from dadvi.errors import DadviError, InputError, ModelError
 from dadvi.fit import fit as run_fit
 from dadvi.model import Model
 from dadvi.posterior import Posterior, load_posterior
@@ -28,10 +31,10 @@ from dadvi.sharding import ShardedDataset, open_shards
 from dadvi.sharding import ingest as run_ingest
 
 app = typer.Typer(
-    help="Fit Bayesian models to data too large for memory, on a Dask cluster, with a certificate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # frames around errors would break their lines, in logs too
 )
 
 
@@ -60,10 +63,28 @@ class Missing(StrEnum):
     DROP = "drop"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dadvi {metadata.version('dadvi')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fit Bayesian models to data too large for memory, on a Dask cluster, with a certificate."""
+
+
 @app.command()
 def ingest(
-    sources: Annotated[list[str], typer.Argument(help="Parquet, CSV or Arrow/Feather files, directories or globs.")],
-    out: Annotated[str, typer.Argument(help="Zarr group to write.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Parquet, CSV or Arrow/Feather files, directories, globs or URLs."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="Zarr group to write: a path or URL.")],
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,20 +92,26 @@ def ingest(
             "several in one string or by repeating the option. Default: every column.",
         ),
     ] = None,
-    shuffle: Annotated[int | None, typer.Option(help="Seed of the global shuffle of rows.")] = 0,
+    shuffle: Annotated[int | None, typer.Option(min=0, help="Seed of the global shuffle of rows. Default: 0.")] = None,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle.")] = False,
     missing: Annotated[Missing, typer.Option(help="Refuse rows with missing values, or drop them.")] = Missing.REFUSE,
-    chunk_rows: Annotated[int | None, typer.Option(help="Rows of a chunk, the unit of sampling.")] = None,
-    shard_rows: Annotated[int | None, typer.Option(help="Rows of a shard, a multiple of a chunk's.")] = None,
-    compression: Annotated[str | None, typer.Option(help="zstd, or nothing.")] = None,
+    chunk_rows: Annotated[
+        int | None, typer.Option(help="Rows of a chunk, the unit of sampling. Default: 4 MiB, less on small data.")
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Rows of a shard, a multiple of a chunk's. Default: 128 MiB, less on small data.")
+    ] = None,
+    compression: Annotated[str | None, typer.Option(help="zstd. Default: none.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
-    """Write tables as a shuffled Zarr data set, in bounded memory."""
+    """Write tables as a shuffled Zarr data set, in bounded memory. Prints where it is."""
+    if keep_order and shuffle is not None:
+        raise InputError("--shuffle and --keep-order exclude one another; give one of them")
     data = run_ingest(
         sources,
         out,
         " ".join(fields) if fields else None,
-        shuffle=None if keep_order else shuffle,
+        shuffle=None if keep_order else shuffle or 0,
         missing=missing.value,
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
@@ -98,30 +125,46 @@ def ingest(
 @app.command()
 def fit(
     model: Annotated[
-        str, typer.Argument(help="MODEL.py:NAME, a Model or a function of the data set that returns one.")
+        str,
+        typer.Argument(
+            metavar="MODEL.py:NAME",
+            help="Python file, and in it a Model or a function of the data set that returns one.",
+        ),
     ],
-    data: Annotated[str, typer.Argument(help="Path or URL of a Zarr data set.")],
+    data: Annotated[str, typer.Argument(metavar="DATA.zarr", help="Path or URL of a Zarr data set.")],
     out: Annotated[Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json.")],
-    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Local worker processes. Default: one per core.")] = None,
     serial: Annotated[bool, typer.Option("--serial", help="Fit in this process, without workers.")] = False,
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
-    max_passes: Annotated[float | None, typer.Option(help="Passes over the data at most.")] = None,
+    max_passes: Annotated[
+        float | None, typer.Option(help="Passes over the data at most. Default: 50, more on small data.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     batch_rows: Annotated[
         int | None, typer.Option(help="Rows of a minibatch. Default: a twentieth of the data, at most 65536.")
     ] = None,
     num_draws: Annotated[int, typer.Option(help="Draws of the latents a step.")] = ADVI.num_draws,
     optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, dowg or proximal.")] = "adam",
-    learning_rate: Annotated[float | None, typer.Option(help="In posterior sds a step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="In posterior sds a step. Default: the optimizer's.")
+    ] = None,
     schedule: Annotated[str, typer.Option(help="constant, inverse_sqrt or cosine.")] = ADVI.schedule,
     averaging: Annotated[str, typer.Option(help="tail, polynomial or none.")] = "tail",
     estimator: Annotated[str, typer.Option(help="closed_form, stl or monte_carlo.")] = ADVI.estimator,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
-    """Fit a model to a data set and write the posterior."""
+    """Fit a model to a data set and write the posterior. Prints where it is.
+
+    Without --scheduler, --workers or --serial the fit starts one worker process per core.
+
+    Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved),
+    4 diverged.
+    """
     if sum([scheduler is not None, workers is not None, serial]) > 1:
         raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
     method = ADVI(
@@ -134,20 +177,22 @@ def fit(
         estimator=estimator,  # type: ignore[arg-type]  # ADVI refuses unknown names
     )
     dataset = open_shards(data)
-    posterior = run_fit(
-        load_model(model, dataset),
-        dataset,
-        method=method,
-        family=family.value,
-        client="serial" if serial else scheduler,
-        num_workers=None if serial or scheduler else workers or _cores(),
-        tol=tol,
-        max_passes=max_passes,
-        seed=seed,
-        run_dir=out,
-        overwrite=overwrite,
-        progress=not quiet,
-    )
+    loaded = load_model(model, dataset)
+    with _naming_line(_model_path(model)):
+        posterior = run_fit(
+            loaded,
+            dataset,
+            method=method,
+            family=family.value,
+            client="serial" if serial else scheduler,
+            num_workers=None if serial or scheduler else workers or _cores(),
+            tol=tol,
+            max_passes=max_passes,
+            seed=seed,
+            run_dir=out,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
     seconds = posterior.records[-1].seconds if posterior.records else 0.0
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
@@ -159,16 +204,21 @@ def fit(
 
 @app.command()
 def summary(
-    run: Annotated[Path, typer.Argument(help="Directory that `dadvi fit --out` wrote, or a saved posterior.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a saved posterior.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print mean, sd and quantiles of every latent."""
+    if not run.exists():
+        raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
     posterior = load_posterior(run / POSTERIOR if is_run(run) else run)
     if as_json:
         typer.echo(summary_json(posterior))
         return
     table = posterior.summary()
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 10_000, force_terminal=terminal)  # FORCE_COLOR is not for files
     shown = Table("latent", *table.columns, box=None, header_style="bold")
     for column in shown.columns[1:]:
         column.justify = "right"
@@ -178,73 +228,104 @@ def summary(
 
 
 def summary_json(posterior: Posterior) -> str:
-    """Return the summary and how the fit ended as one JSON object."""
+    """Return the summary and how the fit ended as one JSON object; null stands for what is not a finite number."""
     certificate = posterior.certificate
+    latents = posterior.summary().to_dict(orient="index")
     return json.dumps(
         {
             "status": posterior.status,
             "reason": posterior.reason,
-            "elbo": posterior.elbo,
+            "elbo": _finite(posterior.elbo),
             "passes": posterior.passes,
-            "certificate": None if certificate is None else {"max": certificate.max, "rms": certificate.rms},
-            "latents": posterior.summary().to_dict(orient="index"),
-        }
+            "certificate": None
+            if certificate is None
+            else {"max": _finite(certificate.max), "rms": _finite(certificate.rms)},
+            "latents": {
+                latent: {str(name): _finite(value) for name, value in row.items()} for latent, row in latents.items()
+            },
+        },
+        allow_nan=False,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def load_model(reference: str, data: ShardedDataset) -> Model:
     """Load ``MODEL.py:NAME``: a `Model`, or a function of the data set that returns one.
 
-    The file's module is pickled by value, so that workers, wherever they run, need no copy of the file.
+    The module is not left importable: thus its functions are pickled by value, and workers, wherever they run, need no
+    copy of the file.
 
     Raises
     ------
     ModelError
-        If there is no such file or name, the file fails, or what it holds is not a model.
+        If there is no such file or name, the file fails (with its line), or what it holds is not a model.
 
     """
-    path_text, colon, name = reference.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise ModelError(f"model {reference!r} is not of the form MODEL.py:NAME")
-    path = Path(path_text)
+    path, name = _model_path(reference), reference.rpartition(":")[2]
     if not path.is_file():
-        raise ModelError(
-            f"no model file {path_text!r}; give the path of a Python file and a name in it, as MODEL.py:NAME"
-        )
-    module_name = f"dadvi_model_{path.stem}"
+        raise ModelError(f"no model file '{path}'; give the path of a Python file and a name in it, as MODEL.py:NAME")
+    module_name = f"_dadvi_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ModelError(f"{path_text!r} cannot be loaded as Python; its name must end in .py")
+        raise ModelError(f"'{path}' cannot be loaded as Python; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    cloudpickle.register_pickle_by_value(module)
+    sys.modules[module_name] = module  # dataclasses, for one, look their module up while it runs
     try:
         spec.loader.exec_module(module)
         found: Any = getattr(module, name, None)
         if callable(found) and not isinstance(found, Model):
             found = found(data)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{path_text} failed{_line_in(error, path)}: {type(error).__name__}: {error}") from error
-    if found is None:
-        public = ", ".join(key for key, value in vars(module).items() if isinstance(value, Model)) or "none"
-        raise ModelError(f"{path_text} has no {name!r}; the models in it are: {public}")
+    except InputError as error:
+        raise ModelError(f"{path}{_line_in(error, path)}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{path} failed{_line_in(error, path)}: {type(error).__name__}: {error}") from error
+    finally:
+        del sys.modules[module_name]
+    if not hasattr(module, name):
+        models = ", ".join(key for key, value in vars(module).items() if isinstance(value, Model)) or "none"
+        raise ModelError(f"{path} has no {name!r}; the models in it are: {models}")
     if not isinstance(found, Model):
+        what = "returned" if callable(getattr(module, name)) else "is"
         raise ModelError(
-            f"{reference} is a {type(found).__name__}; it must be a dadvi.Model, or a function of the data set that "
-            "returns one"
+            f"{reference} {what} a {type(found).__name__}; it must be a dadvi.Model, or a function of the data set "
+            "that returns one"
         )
     return found
 
 
+def _model_path(reference: str) -> Path:
+    """Return the file of MODEL.py:NAME. Raises ModelError when the reference has another form."""
+    path, colon, name = reference.rpartition(":")
+    if not (colon and path and name.isidentifier()):
+        raise ModelError(f"model {reference!r} is not of the form MODEL.py:NAME; give a Python file and a name in it")
+    return Path(path)
+
+
+@contextmanager
+def _naming_line(path: Path) -> Iterator[None]:
+    """Add to a ModelError the line of the model file that it came through, if it did."""
+    try:
+        yield
+    except ModelError as error:
+        if line := _line_in(error, path):
+            raise ModelError(f"{error} ({path}{line})") from error
+        raise
+
+
 def _line_in(error: BaseException, path: Path) -> str:
-    """Return " in line N" for the last line of the model file that the error passed through."""
-    line, trace = "", error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = f" in line {trace.tb_lineno}"
-        trace = trace.tb_next
+    """Return " in line N" for the last line of the model file that the error, or what caused it, passed through."""
+    file, line = str(path.resolve()), ""
+    cause: BaseException | None = error
+    while cause is not None:
+        trace = cause.__traceback__
+        while trace is not None:
+            if str(Path(trace.tb_frame.f_code.co_filename).resolve()) == file:
+                line = f" in line {trace.tb_lineno}"
+            trace = trace.tb_next
+        cause = cause.__cause__
     return line
 
 
@@ -257,9 +338,12 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
     try:
         app()
     except InputError as error:
-        _say(f"error: {error}")
-        sys.exit(ExitCode.BAD_INPUT)
+        code, text = ExitCode.BAD_INPUT, str(error)
+    except (DadviError, OSError) as error:
+        code, text = ExitCode.INTERNAL, str(error) or type(error).__name__
+    _say("error: " + " ".join(text.split()))
+    sys.exit(code)

@@ -147,7 +147,11 @@ class DaskExecutor(_Base):
             )
         self._run = f"dadvi-{uuid.uuid4().hex[:8]}"
         self._calls = itertools.count()
-        self._context: Future = client.submit(_Context, model, data, key=f"{self._run}-context")
+        self._context: Future = (
+            client.submit(_Context, model, data, key=f"{self._run}-context")
+            if data.shareable
+            else client.scatter(_Context(model, data), hash=False)  # as it is: a task's arguments would be pickled
+        )
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
 
@@ -277,7 +281,13 @@ def connect(address: str, timeout: float = 10.0) -> Client:
 
 def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
     """Start single-threaded worker processes on this machine (default: one per core) and return a client of them."""
-    cluster = LocalCluster(n_workers=num_workers, threads_per_worker=1, processes=True, dashboard_address=None)
+    cluster = LocalCluster(
+        n_workers=num_workers,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port: None asks for 8787, and warns if taken
+    )
     return Client(cluster, set_as_default=False), cluster
 
 

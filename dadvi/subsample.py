@@ -4,7 +4,7 @@ The warm start is the posterior *given S alone*, unscaled: scales of a hierarchy
 right for the rows that S has. Its mean lies within about √(N / rows in S) posterior sds of where the run is to end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -13,18 +13,27 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from dadvi.elbo import draw_noise, estimate, log_joint
+from dadvi.elbo import draw_noise, log_joint
 from dadvi.errors import ModelError
 from dadvi.families import Gaussian, MeanField
 from dadvi.likelihood import BoundModel
+from dadvi.model import Model
 from dadvi.passes import Gradient, HessianVector, Pass, Sums, add, single_thread
 from dadvi.quadratic import curvature_of, prior_products
 from dadvi.sharding import ShardedDataset
 from dadvi.types import Batch, FloatArray, Purpose, random_stream
+from dadvi.whitening import Whitening
 
 WARM_START_DRAWS = 16
-WARM_START_ITERATIONS = 300
-_NARROWINGS = 8
+WARM_START_ROUNDS = 8
+ROUND_ITERATIONS = 50
+LARGEST_CHANGE = 2.0
+"""Change of a log sd in one round at most: a line search that overshoots would collapse the Gaussian to a point."""
+
+SETTLED_NATS = 0.1
+"""A round that raises the ELBO by less is the last."""
+
+NARROWINGS = 8
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,9 @@ class Subsample:
 
 
 def warm_start(subsample: Subsample, seed: int) -> Gaussian:
-    """Fit a mean-field Gaussian to the posterior given S alone, by L-BFGS on the ELBO at fixed draws.
+    """Fit a mean-field Gaussian to the posterior given S alone, by rounds of L-BFGS on the ELBO at fixed draws.
 
-    The search runs in coordinates whitened by the curvature at the start, so that predictors may have any scale.
+    Each round searches in coordinates whitened by the curvature where it starts, so that predictors may have any scale.
 
     Raises
     ------
@@ -63,48 +72,66 @@ def warm_start(subsample: Subsample, seed: int) -> Gaussian:
         If the log posterior is not finite around the start however narrow the first Gaussian.
 
     """
-    model, family = subsample.model.model, MeanField()
-    center = model.start
+    model = subsample.model.model
+    noise = draw_noise("antithetic", WARM_START_DRAWS, model.dim, random_stream(seed, Purpose.SUBSAMPLE, 1))
+    q, elbo = _improve(subsample, model.start, noise, seed)
+    for _ in range(WARM_START_ROUNDS - 1):
+        better, better_elbo = _improve(subsample, q.loc, noise, seed)
+        if not better_elbo > elbo + SETTLED_NATS:
+            break
+        q, elbo = better, better_elbo
+    return q
+
+
+def _improve(subsample: Subsample, center: Tensor, noise: Tensor, seed: int) -> tuple[Gaussian, float]:
+    """Search from N(center, 1/curvature) and return the Gaussian found and its ELBO."""
+    model = subsample.model.model
 
     def hessian_times(tangents: FloatArray) -> Tensor:
         products = torch.from_numpy(subsample.run(HessianVector(center[None].numpy(), tangents)).products)
         return -(products + prior_products(model, center[None], tangents))
 
-    curvature = curvature_of(hessian_times, model.dim, seed)
-    log_scale = -0.5 * curvature.precision_diagonal.log()
-    noise = draw_noise("antithetic", WARM_START_DRAWS, model.dim, random_stream(seed, Purpose.SUBSAMPLE, 1))
+    whitening = Whitening.around(MeanField(), center, curvature_of(hessian_times, model.dim, seed))
 
-    def params_at(x: FloatArray) -> dict[str, Tensor]:
-        v, change = torch.from_numpy(x.copy()).split(model.dim)
-        return {"loc": center + curvature.root_times(v), "log_scale": log_scale + change}
+    def log_joint_given_s(eta: Tensor) -> tuple[Tensor, Tensor]:
+        sums = subsample.run(Gradient(eta.numpy()))
+        return log_joint(model, eta, torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad))
+
+    def theta_at(x: FloatArray) -> dict[str, Tensor]:
+        v, log_scale = torch.from_numpy(x.copy()).split(model.dim)
+        return {"loc": v, "log_scale": log_scale}
 
     def negative_elbo(x: FloatArray) -> tuple[float, FloatArray]:
-        params = params_at(x)
-        eta = family.transform(params, noise)
-        if not torch.isfinite(eta).all():
-            return np.inf, np.zeros_like(x)
-        sums = subsample.run(Gradient(eta.numpy()))
-        value, grad = log_joint(model, eta, torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad))
-        est = estimate(family, params, noise, value, grad)
+        est = whitening.estimate(theta_at(x), noise, log_joint_given_s)
         if not np.isfinite(est.elbo):
             return np.inf, np.zeros_like(x)
-        grads = torch.cat([curvature.root_transpose_times(est.grad["loc"]), est.grad["log_scale"]])
-        return -est.elbo, -grads.numpy()
+        return -est.elbo, -torch.cat([est.grad["loc"], est.grad["log_scale"]]).numpy()
 
-    x = np.zeros(2 * model.dim)
-    for _ in range(_NARROWINGS):  # a flat start can be so wide that its draws overflow the likelihood
-        if np.isfinite(negative_elbo(x)[0]):
-            break
-        x[model.dim :] -= np.log(10)
-    else:
-        values = {
-            name: z[0].tolist() for name, z in model.space.constrain(center[None])[0].items() if z[0].numel() <= 8
-        }
-        raise ModelError(
-            f"the log posterior is not finite around the starting point {values}, even within {10.0**-_NARROWINGS:g} "
-            "of the sds "
-            f"its curvature gives; rescale the predictors or choose tighter priors"
-        )
-    options = {"maxiter": WARM_START_ITERATIONS, "maxcor": 30, "ftol": 1e-8}
-    solution = scipy.optimize.minimize(negative_elbo, x, jac=True, method="L-BFGS-B", options=options)
-    return Gaussian(family, params_at(solution.x))
+    log_scale = _finite_log_scale(negative_elbo, model, center)
+    x = np.concatenate([np.zeros(model.dim), np.full(model.dim, log_scale)])
+    unbounded, bounded = (None, None), (log_scale - LARGEST_CHANGE, log_scale + LARGEST_CHANGE)
+    solution = scipy.optimize.minimize(
+        negative_elbo,
+        x,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[unbounded] * model.dim + [bounded] * model.dim,
+        options={"maxiter": ROUND_ITERATIONS, "maxcor": 30, "ftol": 1e-9},
+    )
+    return whitening.member(theta_at(solution.x)), -float(solution.fun)
+
+
+def _finite_log_scale(
+    negative_elbo: Callable[[FloatArray], tuple[float, FloatArray]], model: Model, center: Tensor
+) -> float:
+    """Return a log scale at which the ELBO is finite: a flat start can be so wide that its draws overflow."""
+    for narrowing in range(NARROWINGS):
+        log_scale = -narrowing * np.log(10)
+        if np.isfinite(negative_elbo(np.concatenate([np.zeros(model.dim), np.full(model.dim, log_scale)]))[0]):
+            return float(log_scale)
+    latents, _ = model.space.constrain(center[None])
+    values = {name: z[0].tolist() for name, z in latents.items() if z[0].numel() <= 8}
+    raise ModelError(
+        f"the log posterior is not finite around {values}, even within {10.0**-NARROWINGS:g} of the sds that its "
+        "curvature gives; rescale the predictors or choose tighter priors"
+    )

@@ -1,11 +1,17 @@
 """The coordinates in which a fit searches: distances in posterior sds, whatever the data's units and N."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
-from dadvi.families import Family, Gaussian
+from dadvi.elbo import Entropy, Estimate, estimate
+from dadvi.families import Family, Gaussian, Params
 from dadvi.quadratic import Curvature, DenseCurvature
+
+LogJoint: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Maps draws η (K, D) to log π (K,) and ∇ log π (K, D), or unbiased estimates of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +50,27 @@ class Whitening:
         """Return gradients in η (K, D) as gradients in u."""
         return grad * self.basis if self.basis.dim() == 1 else grad @ self.basis
 
-    def params(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    def params(self, theta: Params) -> dict[str, Tensor]:
         """Return the family's parameters in u-space."""
         if self.basis.dim() == 2:
-            return theta
+            return dict(theta)
         return {**theta, "loc": self.curvature.root_times(theta["loc"]) / self.basis}
 
-    def pull_back(self, grad: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pull_back(self, grad: Params) -> dict[str, Tensor]:
         """Return a gradient in the family's u-space parameters as one in θ."""
         if self.basis.dim() == 2:
-            return grad
+            return dict(grad)
         return {**grad, "loc": self.curvature.root_transpose_times(grad["loc"] / self.basis)}
 
-    def member(self, theta: dict[str, Tensor]) -> Gaussian:
+    def estimate(self, theta: Params, noise: Tensor, log_joint: LogJoint, entropy: Entropy = "closed_form") -> Estimate:
+        """Return the ELBO of θ, its gradient being in θ, from log π and ∇ log π at the draws that `noise` gives."""
+        params = {name: value.detach() for name, value in self.params(theta).items()}
+        value, grad = log_joint(self.to_eta(self.family.transform(params, noise)))
+        est = estimate(self.family, params, noise, value, self.grad_to_u(grad), entropy)
+        return Estimate(
+            est.elbo + float(self.log_det), self.pull_back(est.energy_grad), self.pull_back(est.entropy_grad)
+        )
+
+    def member(self, theta: Params) -> Gaussian:
         """Return q over η."""
         return Gaussian(self.family, self.family.affine(self.params(theta), self.center, self.basis))
