@@ -21,13 +21,21 @@ from torch import Tensor
 from dadvi.elbo import Design, Entropy, Estimate, draw_noise, log_joint
 from dadvi.errors import InputError
 from dadvi.executors import Executor
-from dadvi.families import Family
-from dadvi.optim import Averaging, OptimizerFactory, make_averaging, make_optimizer, make_schedule, settled
+from dadvi.families import Family, MeanField, Params
+from dadvi.optim import (
+    Averaging,
+    OptimizerFactory,
+    make_averaging,
+    make_optimizer,
+    make_schedule,
+    settled,
+    takes_energy_gradient,
+)
 from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.quadratic import Certificate, certify, curvature_chunks, measure_curvature
 from dadvi.sharding import sampling
-from dadvi.subsample import Subsample, warm_start
+from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import FloatArray, IntArray, Purpose, random_stream
 from dadvi.whitening import Whitening
 
@@ -112,6 +120,34 @@ class ADVI:
             )
         draw_noise(self.design, self.num_draws, 1, np.random.default_rng(0))  # refuses an impossible design
         make_averaging(self.averaging)
+        self.check(MeanField())
+
+    def check(self, family: Family) -> None:
+        """Refuse an optimiser or schedule that does not exist, or does not go with the family."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        theta = family.init(zero, zero + 1, np.random.default_rng(0))
+        make_schedule(self.schedule, self.make_optimizer(family, theta), 1)
+
+    def make_optimizer(self, family: Family, theta: Params) -> torch.optim.Optimizer:
+        """Return the optimiser of parameters θ.
+
+        Raises
+        ------
+        InputError
+            If there is no such optimiser, or it does not go with the family or the estimator.
+
+        """
+        entropy = {"entropy": True} if family.linear_scale else {}
+        others = [parameter for name, parameter in theta.items() if name != "log_scale"]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": [theta["log_scale"]], **entropy}]
+        optimizer = make_optimizer(self.optimizer, groups, self.learning_rate)
+        if takes_energy_gradient(optimizer) and self.estimator != "closed_form":
+            raise InputError(
+                f"optimizer {self.optimizer!r} takes the step of the entropy by itself, so "
+                f"estimator={self.estimator!r} "
+                "has no place in it; use estimator='closed_form'"
+            )
+        return optimizer
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
@@ -204,14 +240,10 @@ class _Search:
         dim = len(self.whitening.center)
         zeros, ones = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
         self.theta = family.init(zeros, ones, random_stream(seed, Purpose.FAMILY))
-        self.optimizer = make_optimizer(settings.optimizer, self._groups(), settings.learning_rate)
-        self.energy_only = getattr(self.optimizer, "takes_energy_gradient", False)
-        if self.energy_only and settings.estimator != "closed_form":
-            raise InputError(
-                f"optimizer {settings.optimizer!r} takes the step of the entropy by itself, so "
-                f"estimator={settings.estimator!r} has no "
-                f"place in it; use estimator='closed_form'"
-            )
+        for parameter in self.theta.values():
+            parameter.requires_grad_()
+        self.optimizer = settings.make_optimizer(family, self.theta)
+        self.energy_only = takes_energy_gradient(self.optimizer)
         self.schedule = make_schedule(settings.schedule, self.optimizer, math.ceil(self.max_passes * steps_per_epoch))
         self.averaging = make_averaging(settings.averaging)
         self.average = self.averaging.init(self.theta)
@@ -223,17 +255,12 @@ class _Search:
         num_chunks = min(manifest.num_chunks, max(1, round(self.settings.subsample_rows / manifest.chunk_rows)))
         chunks = sampling.subsample(manifest, num_chunks, self.seed)
         self._other_rows = int(manifest.chunk_sizes[chunks].sum())
-        q = warm_start(Subsample.load(self.executor.model, data, chunks.tolist()), self.seed)
+        subsample = Subsample.load(self.executor.model, data, chunks.tolist())
+        q = warm_start(subsample, self.seed)
+        warn_if_ordered(subsample, q.loc)
         chosen = curvature_chunks(manifest, q.dim, self.seed)
         curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed)
         return Whitening.around(self.family, q.loc, curvature)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        for parameter in self.theta.values():
-            parameter.requires_grad_()
-        entropy = {"entropy": True} if self.family.linear_scale else {}
-        others = [parameter for name, parameter in self.theta.items() if name != "log_scale"]
-        return [{"params": others}, {"params": [self.theta["log_scale"]], **entropy}]
 
     @property
     def passes(self) -> float:

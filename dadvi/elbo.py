@@ -124,15 +124,16 @@ def draw_noise(design: Design, num_draws: int, dim: int, rng: np.random.Generato
         return torch.from_numpy(rng.standard_normal((num_draws, dim)))
     half = num_draws // 2
     if design == "antithetic":
-        noise = rng.standard_normal((half, dim))
+        noise = torch.from_numpy(rng.standard_normal((half, dim)))
     else:
         blocks = [_random_orthogonal(dim, rng) for _ in range(-(-half // dim))]
-        radius = dim**0.5 if fixed else np.sqrt(rng.chisquare(dim, size=(half, 1)))
-        noise = radius * np.concatenate(blocks)[:half]
-    return torch.from_numpy(np.concatenate([noise, -noise]))
+        radius = dim**0.5 if fixed else torch.from_numpy(rng.chisquare(dim, size=(half, 1))).sqrt()
+        noise = radius * torch.cat(blocks)[:half]
+    return torch.cat([noise, -noise])
 
 
-def _random_orthogonal(dim: int, rng: np.random.Generator) -> np.ndarray:
+def _random_orthogonal(dim: int, rng: np.random.Generator) -> Tensor:
     """Return a Haar-distributed orthogonal matrix (dim, dim): QR, with R's diagonal made positive (Mezzadri 2007)."""
-    q, r = np.linalg.qr(rng.standard_normal((dim, dim)))
-    return np.asarray(q * np.sign(np.diagonal(r)))
+    q, r = torch.linalg.qr(torch.from_numpy(rng.standard_normal((dim, dim))))
+    haar: Tensor = q * r.diagonal().sign()
+    return haar

@@ -24,5 +24,9 @@ class ClusterError(InputError):
     """A scheduler or worker that cannot be used: unreachable, empty, or with other software."""
 
 
+class ShuffleWarning(UserWarning):
+    """The data's chunks differ by more than chance allows, so that samples of them mislead."""
+
+
 class WorkError(DadviError):
     """A task that failed where it ran; the message names the pass, shard and chunk."""

@@ -16,7 +16,7 @@ from dadvi.executors import make_executor, versions
 from dadvi.families import Family, make_family
 from dadvi.likelihood import BoundModel, bind
 from dadvi.model import Model
-from dadvi.passes import Gradient
+from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Coords, Posterior, TraceRow
 from dadvi.progress import make_reporter
 from dadvi.sharding import ShardedDataset
@@ -95,7 +95,9 @@ def fit(
     coords = _coords(model, data)
     bound = bind_to(model, data)
     directory = RunDirectory(run_dir, overwrite=overwrite) if run_dir is not None else None
+    settings.check(chosen)
     with (
+        single_thread(),  # the coordinator's linear algebra must not depend on its number of cores
         make_executor(bound, data, client, num_workers) as executor,
         make_reporter(progress, max_passes, callbacks) as report,
     ):

@@ -4,17 +4,19 @@ The warm start is the posterior *given S alone*, unscaled: scales of a hierarchy
 right for the rows that S has. Its mean lies within about √(N / rows in S) posterior sds of where the run is to end.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
 import scipy.optimize
+import scipy.stats
 import torch
 from torch import Tensor
 
 from dadvi.elbo import draw_noise, log_joint
-from dadvi.errors import ModelError
+from dadvi.errors import ModelError, ShuffleWarning
 from dadvi.families import Gaussian, MeanField
 from dadvi.likelihood import BoundModel
 from dadvi.model import Model
@@ -34,6 +36,12 @@ SETTLED_NATS = 0.1
 """A round that raises the ELBO by less is the last."""
 
 NARROWINGS = 8
+
+FEWEST_CHUNKS = 8
+"""With fewer chunks in S their variance says too little."""
+
+FALSE_ALARM = 1e-4
+"""Probability of a warning about data in random order."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +143,41 @@ def _finite_log_scale(
         f"the log posterior is not finite around {values}, even within {10.0**-NARROWINGS:g} of the sds that its "
         "curvature gives; rescale the predictors or choose tighter priors"
     )
+
+
+def warn_if_ordered(subsample: Subsample, eta: Tensor) -> None:
+    """Warn if the chunks of S differ by more than rows drawn at random would, as in data ordered by time or by label.
+
+    The gradients of whole chunks vary about their mean as much as those of a chunk's even and odd rows differ, if
+    rows stand in random order: an F test with that ratio, coordinate by coordinate.
+
+    Parameters
+    ----------
+    eta
+        A point (D,) near the posterior's mean.
+
+    """
+    halves = []  # (C, 2, D)
+    for batch in subsample.batches:
+        if len(next(iter(batch.values()))) > 1:
+            parts = ({name: values[first::2] for name, values in batch.items()} for first in (0, 1))
+            halves.append([Gradient(eta[None].numpy()).on_chunk(subsample.model, part).grad[0] for part in parts])
+    if len(halves) < FEWEST_CHUNKS:
+        return
+    even, odd = np.stack(halves, axis=1)  # (C, D) each
+    total, difference = even + odd, even - odd
+    spread = np.sqrt(np.mean(difference**2, axis=0))  # (D,)
+    seen = spread > 0
+    between = total[:, seen].std(0, ddof=1)
+    ratio = float(np.square(between / spread[seen]).max(initial=0.0))
+    chance = float(scipy.stats.f.isf(FALSE_ALARM / max(1, int(seen.sum())), len(halves) - 1, len(halves)))
+    if ratio > chance:
+        warnings.warn(
+            f"chunks differ by more than rows in random order would: the variance between {len(halves)} chunks is "
+            f"{ratio:.3g} "
+            f"times that within them, chance gives at most {chance:.3g}. Batches of such chunks mislead the fit; "
+            "write the "
+            "data again in random order, with write_shards(..., shuffle=0) or `dadvi ingest --shuffle 0`",
+            ShuffleWarning,
+            stacklevel=2,
+        )
