@@ -190,9 +190,8 @@ class ADVI:
                     return search.fitted("converged", f"the certificate is within tol={tol:g}", elbo, certificate)
                 if search.exhausted:
                     how = "after its average had settled" if settling.settled else "before its average settled"
-                    return search.fitted(
-                        "stopped", f"max_passes={search.max_passes:g} reached, {how}", elbo, certificate
-                    )
+                    reason = f"max_passes={search.max_passes:g} reached, {how}"
+                    return search.fitted("stopped", reason, elbo, certificate)
 
 
 @dataclass(eq=False)
@@ -259,6 +258,7 @@ class _Search:
         q = warm_start(subsample, self.seed)
         warn_if_ordered(subsample, q.loc)
         chosen = curvature_chunks(manifest, q.dim, self.seed)
+        self._certificate_passes = 1 + int(manifest.chunk_sizes[list(chosen)].sum()) / manifest.num_rows
         curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed)
         return Whitening.around(self.family, q.loc, curvature)
 
@@ -269,8 +269,8 @@ class _Search:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the run has had its passes."""
-        return self.passes >= self.max_passes
+        """Whether another epoch and the certificate after it would exceed the run's passes."""
+        return self.passes + 1 + self._certificate_passes > self.max_passes
 
     def run_stretch(self) -> None:
         """Take the steps of some whole epochs; unless there was trouble, move `q` to the new average."""

@@ -82,7 +82,7 @@ def _options(
 def ingest(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Parquet, CSV or Arrow/Feather files, directories, globs or URLs."),
+        typer.Argument(metavar="SOURCE", help="Parquet, CSV or Arrow/Feather files, directories, globs or URLs."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT.zarr", help="Zarr group to write: a path or URL.")],
     fields: Annotated[

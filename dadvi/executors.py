@@ -218,7 +218,7 @@ class DaskExecutor(_Base):
         if now < self._placed_at + PLACEMENT_SECONDS:
             return
         workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
-        if workers and set(self._placement.values()) != set(workers):
+        if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
         self._placed_at = now
 

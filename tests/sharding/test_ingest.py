@@ -227,8 +227,9 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     finally:
         tracemalloc.stop()
     assert data.manifest.num_bytes == 128 * MIB
-    assert peak < 80 * MIB
-    assert arrow.max_memory() is None or arrow.max_memory() < 80 * MIB
+    assert peak < 64 * MIB
+    # Parts of the table are held by Arrow, whose memory tracemalloc does not see.
+    assert arrow.max_memory() is None or arrow.max_memory() < 64 * MIB
 
 
 # Missing values -------------------------------------------------------------------------------------------------------

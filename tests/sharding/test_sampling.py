@@ -36,6 +36,14 @@ def test_every_position_of_every_chunk_is_equally_probable():
     assert chi2 < 100 + 4.5 * np.sqrt(200)
 
 
+def test_chunks_of_a_shard_come_in_random_order():
+    # Of three chunks there are two orders up to rotation, which must be equally probable.
+    epochs = 1000
+    rotations = {(0, 1, 2), (1, 2, 0), (2, 0, 1)}
+    forwards = sum(tuple(epoch_order(manifest(3, 3), 0, epoch).tolist()) in rotations for epoch in range(epochs))
+    assert abs(forwards - epochs / 2) < 4.5 * np.sqrt(epochs / 4)
+
+
 def test_every_run_takes_its_share_of_each_shard():
     m = manifest(96, 12)
     for epoch in range(20):

@@ -33,7 +33,7 @@ def through(blocks, seed, directory, **settings):
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-@pytest.mark.parametrize("memory_bytes", [1_200, 100_000, 2**28], ids=["two levels", "one level", "in memory"])
+@pytest.mark.parametrize("memory_bytes", [1_800, 100_000, 2**28], ids=["two levels", "one level", "in memory"])
 @pytest.mark.parametrize("edges", [(), (1, 2, 700, 700, 4999)], ids=["one block", "blocks"])
 def test_order_is_the_argsort_of_the_keys(tmp_path, memory_bytes, edges):
     shuffled = through(cut(rows(), edges), 7, tmp_path, memory_bytes=memory_bytes)

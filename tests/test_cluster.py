@@ -1,0 +1,243 @@
+"""A real cluster: `dask scheduler` and `dask worker` processes, used through `dadvi fit --scheduler`."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from command import command, dadvi, dadvi_process, environment, listing, write_data
+
+from dadvi import executors
+
+CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
+SETTINGS = ["--max-passes", "12", "--tol", "1e-6", "--seed", "3"]  # stops, after some 120 steps
+START_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A directory with data.zarr, model.py, and serial, the run that every other is to equal."""
+    directory = tmp_path_factory.mktemp("cluster")
+    data, model = write_data(directory)
+    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", "--quiet", *SETTINGS)
+    assert ran.code == STOPPED, ran.err
+    return directory
+
+
+@pytest.fixture(scope="module")
+def scheduler(world) -> Iterator[str]:
+    """The address of a scheduler that was started as `dask scheduler`, in a process."""
+    file = world / "scheduler.json"
+    options = ["--host", "127.0.0.1", "--port", "0", "--no-show", "--scheduler-file", str(file)]
+    with process(["scheduler", "--no-dashboard", "--dashboard-address", "127.0.0.1:0", *options], world) as started:
+        wait_for(lambda: json_of(file) is not None, started, "the scheduler")
+        yield json_of(file)["address"]
+
+
+@contextmanager
+def process(arguments: Sequence[str], cwd: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """Run `dask ARGUMENTS` while the body runs; end it by its id."""
+    log = cwd / f"{arguments[0]}-{time.monotonic_ns()}.log"
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "dask", *arguments],
+            cwd=cwd,
+            env=environment(**variables),
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield started
+    finally:
+        started.terminate()
+        try:
+            started.wait(15)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.wait(15)
+
+
+@contextmanager
+def worker(address: str, directory: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """Run a worker with one thread and no nanny, whose process is the worker itself, in an empty directory."""
+    directory.mkdir()
+    options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--local-directory", "."]
+    with process(["worker", address, *options], directory, **variables) as started:
+        log = next(directory.glob("worker-*.log"))
+        wait_for(lambda: "Registered to" in log.read_text(), started, "a worker")
+        yield started
+
+
+def wait_for(ready, started: subprocess.Popen, what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        assert started.poll() is None, f"{what} ended with code {started.returncode}"
+        assert time.monotonic() < deadline, f"{what} did not start within {START_SECONDS} s"
+        time.sleep(0.05)
+
+
+def json_of(file: Path):
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):  # not there, or not whole yet
+        return None
+
+
+def fit_arguments(world: Path, address: str, *options: object) -> list[str]:
+    return [
+        "fit",
+        f"{world / 'model.py'}:model",
+        str(world / "data.zarr"),
+        "--out",
+        "run",
+        "--scheduler",
+        address,
+        *options,
+    ]
+
+
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    return {name: array[...] for name, array in zarr.open_group(run / "posterior.zarr", mode="r").arrays()}
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    found, expected = arrays(run), arrays(reference)
+    assert found.keys() == expected.keys() >= {"loc", "log_scale"}
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype == np.float64
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def test_two_workers_give_the_bits_of_none_and_so_do_they_when_one_is_killed(world, scheduler, tmp_path):
+    """The model's file lies where no worker looks; it reaches them by value."""
+    with worker(scheduler, tmp_path / "one") as one, worker(scheduler, tmp_path / "two"):
+        healthy = tmp_path / "healthy"
+        healthy.mkdir()
+        ran = dadvi_process(*fit_arguments(world, scheduler, "--quiet", *SETTINGS), cwd=healthy)
+        assert (ran.code, ran.out) == (STOPPED, "run/posterior.zarr\n"), ran.err
+        assert re.fullmatch(r"stopped: max_passes=12 reached, .*\n", ran.err)
+        assert_same_bits(healthy / "run", world / "serial")
+        for each in ("one", "two"):
+            assert "model" not in " ".join(listing(tmp_path / each))
+
+        killed = tmp_path / "killed"
+        killed.mkdir()
+        with subprocess.Popen(
+            command(*fit_arguments(world, scheduler, *SETTINGS)),
+            cwd=killed,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            first = running.stderr.readline()
+            assert "ELBO" in first, first  # the first of its steps is done
+            one.kill()
+            one.wait(15)
+            assert running.poll() is None, "the fit was over before the worker was killed"
+            out, err = running.communicate(timeout=120)
+        assert running.returncode == STOPPED, err
+        assert out == "run/posterior.zarr\n"
+        assert "Traceback" not in err
+        assert_same_bits(killed / "run", world / "serial")
+
+
+# What cannot be used --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soon(monkeypatch) -> None:
+    """Give up on schedulers and workers at once: what is tested is how, not when."""
+    monkeypatch.setattr(executors, "connect", partial(executors.connect, timeout=1.0))
+    check = executors.check_workers
+    monkeypatch.setattr(executors, "check_workers", lambda client, wait_seconds: check(client, min(wait_seconds, 0.5)))
+
+
+def refused(world: Path, address: str, directory: Path, monkeypatch) -> str:
+    """Run a fit that must be refused, with one line, leaving nothing; return the line."""
+    monkeypatch.chdir(directory)
+    before = listing(directory)
+    ran = dadvi(*fit_arguments(world, address))
+    assert (ran.code, ran.out) == (BAD_INPUT, ""), ran.err
+    assert listing(directory) == before
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    return ran.err
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_scheduler_that_is_not_there(world, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    line = refused(world, address, tmp_path, monkeypatch)
+    assert f"no Dask scheduler answers at '{address}' within 1 s" in line
+    assert "start one with `dask scheduler`" in line
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("address", ["nowhere", "tcp://127.0.0.1", "udp://127.0.0.1:1", "tcp://127.0.0.1:port"])
+def test_what_is_not_an_address(world, tmp_path, monkeypatch, address):
+    line = refused(world, address, tmp_path, monkeypatch)
+    assert f"'{address}'" in line
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_scheduler_without_workers(world, scheduler, tmp_path, monkeypatch):
+    line = refused(world, scheduler, tmp_path, monkeypatch)
+    assert f"the scheduler at {scheduler} has no workers after 0.5 s; start one with `dask worker`" in line
+
+
+IMPOSTOR = """\
+import importlib.metadata as metadata
+import sys
+
+real = metadata.version
+answers = {answers!r}
+
+
+def version(package):
+    if package not in answers:
+        return real(package)
+    if answers[package] is None:
+        raise metadata.PackageNotFoundError(package)
+    return answers[package]
+
+
+metadata.version = version
+for package, answer in answers.items():
+    if answer is None:
+        sys.modules[package] = None  # import fails
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "seen", "needed"),
+    [
+        ({"dadvi": "0.0.1"}, "has dadvi 0.0.1", metadata.version("dadvi")),
+        ({"torch": None}, "has no torch", metadata.version("torch").partition("+")[0]),
+        ({"torch": None, "dadvi": None}, "has no dadvi", metadata.version("dadvi")),
+    ],
+)
+def test_a_worker_with_other_software(world, scheduler, tmp_path, monkeypatch, answers, seen, needed):
+    """It is named, with what it has and what it needs; its processes cannot even import what they lack."""
+    trick = tmp_path / "trick"
+    trick.mkdir()
+    (trick / "sitecustomize.py").write_text(IMPOSTOR.format(answers=answers))
+    with worker(scheduler, tmp_path / "worker", PYTHONPATH=os.fspath(trick)):
+        work = tmp_path / "work"
+        work.mkdir()
+        line = refused(world, scheduler, work, monkeypatch)
+    pattern = rf"error: worker tcp://127\.0\.0\.1:\d+ {re.escape(seen)}; the coordinator has {re.escape(needed)}\. "
+    assert re.match(pattern + "Install the same version on every worker\n", line), line
