@@ -9,10 +9,11 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
@@ -26,6 +27,9 @@ from dadvi.sharding.placement import place
 from dadvi.types import FloatArray
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
+
+ShardChunks: TypeAlias = tuple[int, list[int]]
+"""A shard and those of its chunks that are wanted, in order."""
 
 PLACEMENT_SECONDS = 2.0
 """How often the executor looks for workers that joined or left."""
@@ -68,7 +72,7 @@ class _Base:
         self.model, self.data = model, data
         self.rows_read = 0
 
-    def _shards(self, chunks: Iterable[int] | None) -> list[tuple[int, list[int]]]:
+    def _shards(self, chunks: Iterable[int] | None) -> list[ShardChunks]:
         """Return (shard, its chunks in order) in shard order, and count their rows."""
         manifest = self.data.manifest
         ordered = list(range(manifest.num_chunks)) if chunks is None else sorted(int(chunk) for chunk in chunks)
@@ -166,14 +170,14 @@ class DaskExecutor(_Base):
                 _run_task,
                 self._context,
                 work,
-                shards,
+                task.shards,
                 check,
                 key=f"{self._run}-{work.name}-{call}-{number}",
-                workers=[worker],
+                workers=None if task.worker is None else [task.worker],
                 allow_other_workers=True,
                 retries=self._retries,
             )
-            for number, (worker, shards) in enumerate(tasks)
+            for number, task in enumerate(tasks)
         ]
         try:
             results = self.client.gather(futures)
@@ -190,26 +194,24 @@ class DaskExecutor(_Base):
         parts: dict[int, Sums] = {shard: part for result in results for shard, part in result}
         return tree_sum([parts[shard] for shard in sorted(parts)])
 
-    def _tasks(self, shards: list[tuple[int, list[int]]]) -> list[tuple[str, list[tuple[int, list[int]]]]]:
-        """Return (worker, shards) for each task: shards where they were read before, at most a shard's rows a task.
+    def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
+        """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
 
         A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one
         for each worker.
         """
         self._update_placement()
         sizes = self.data.manifest.chunk_sizes
-        tasks: list[tuple[str, list[tuple[int, list[int]]]]] = []
-        filling: dict[
-            str, tuple[list[tuple[int, list[int]]], int]
-        ] = {}  # worker to the task that has room, and its rows
+        tasks: list[_Task] = []
+        filling: dict[str | None, _Task] = {}  # each worker's latest task
         for shard, members in shards:
-            worker, rows = self._placement[shard], int(sizes[members].sum())
-            task, filled = filling.get(worker, ([], 0))
-            if not task or filled + rows > self.data.manifest.shard_rows:
-                task, filled = [], 0
-                tasks.append((worker, task))
-            task.append((shard, members))
-            filling[worker] = (task, filled + rows)
+            worker, rows = self._placement.get(shard), int(sizes[members].sum())
+            task = filling.get(worker)
+            if task is None or task.rows + rows > self.data.manifest.shard_rows:
+                task = filling[worker] = _Task(worker)
+                tasks.append(task)
+            task.shards.append((shard, members))
+            task.rows += rows
         return tasks
 
     def _update_placement(self) -> None:
@@ -229,6 +231,15 @@ class DaskExecutor(_Base):
             resource.close()
 
 
+@dataclass
+class _Task:
+    """Shards that go to a worker together."""
+
+    worker: str | None  # None: wherever Dask finds room
+    shards: list[ShardChunks] = field(default_factory=list)
+    rows: int = 0
+
+
 class _Context:
     """What every task of an executor shares on a worker."""
 
@@ -241,7 +252,7 @@ class _Context:
 
 
 def _run_task(
-    context: _Context, work: Pass[Sums], shards: Sequence[tuple[int, Sequence[int]]], check: bool
+    context: _Context, work: Pass[Sums], shards: Sequence[ShardChunks], check: bool
 ) -> list[tuple[int, Sums]] | InputError:
     """Sum some shards on a worker, each by itself. Bad input comes back as a value: trying it again would not help."""
     try:

@@ -3,9 +3,9 @@
 The user writes the likelihood of a chunk's rows given *one* draw. `BoundModel` evaluates it for K draws in the
 fastest of three ways that agrees with calling it once a draw:
 
-- ``"parameters"``: vmap the function only as far as the distribution's parameters, then score (K, rows) at once.
-  Under vmap a distribution's log_prob falls apart into many elementwise kernels, which costs more than the products
-  before it;
+- ``"parameters"``: vmap the function only as far as the distribution's parameters, then score all rows and draws at
+  once. Under vmap a distribution's log_prob falls apart into many elementwise kernels, which costs more than the
+  products before it;
 - ``"vmap"``: the whole function under vmap;
 - ``"loop"``: once a draw.
 """
@@ -50,7 +50,7 @@ class BoundModel:
             if not used:  # a likelihood free of latents: the same for every draw
                 log_lik = self._log_lik_of_one({}, rows).expand(len(next(iter(latents.values()))), -1)
             elif self.strategy == "parameters":
-                log_lik = self._distribution_of_all(used, rows).log_prob(self._observed(rows))
+                log_lik = self._distribution_of_all(used, rows).log_prob(self._observed(rows)[:, None]).T
             else:
                 log_lik = over_draws(lambda z: self._log_lik_of_one(z, rows), used, vectorised=self.strategy == "vmap")
         return log_lik if self.model.weight is None else log_lik * rows[self.model.weight]
@@ -135,24 +135,23 @@ class BoundModel:
         return log_lik
 
     def _distribution_of_all(self, latents: Latents, rows: Batch) -> Distribution:
-        """Return the likelihood's distribution with batch shape (K, rows), its parameters computed under vmap."""
+        """Return the likelihood's distribution with batch shape (rows, K), its parameters computed under vmap."""
         make: Callable[..., Distribution] = Distribution
-        missing = 0
 
         def parameters(draw: Latents) -> dict[str, Tensor]:
-            nonlocal make, missing
+            nonlocal make
             distribution = self._call(draw, rows)
-            make, missing = type(distribution), 1 - len(distribution.batch_shape)
+            make = type(distribution)
             if distribution.event_shape:  # the parameters of joint distributions are costly to spread over rows
                 raise TypeError(f"{type(distribution).__name__} has an event shape")
-            return {
-                name: distribution.__dict__[name]
-                for name in distribution.arg_constraints
-                if name in distribution.__dict__
+            given = {
+                name: vars(distribution)[name] for name in distribution.arg_constraints if name in vars(distribution)
             }
+            return given if distribution.batch_shape else {name: value[None] for name, value in given.items()}
 
         spread = torch.func.vmap(parameters)(latents)
-        return make(**{name: p.reshape(len(p), *[1] * missing, *p.shape[1:]) for name, p in spread.items()})
+        # Rows first, as products of rows and latents lie in memory: the other way round log_prob would copy them.
+        return make(**{name: value.movedim(0, 1) for name, value in spread.items()})
 
 
 def _refuse(bad: Tensor, values: Tensor, first_row: int, what: str, remedy: str) -> None:

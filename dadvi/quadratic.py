@@ -193,7 +193,7 @@ def certify(executor: Executor, q: Gaussian, seed: int) -> tuple[Certificate | N
     """Return the certificate of q and its ELBO, from one pass of gradients over all the data.
 
     None stands for the certificate where D exceeds `DENSE_LIMIT`: without the curvature in full there is no distance.
-    The draws are antithetic, which takes the noise of a quadratic log π out of the mean gradient.
+    The draws come in pairs ±ε, which takes the noise of a quadratic log π out of the mean gradient.
     """
     rng, dim, model = random_stream(seed, Purpose.CERTIFICATE), q.family.noise_dim(q.dim), executor.model.model
     eta = q.transform(draw_noise("orthogonal", CERTIFICATE_DRAWS, dim, rng))

@@ -208,8 +208,10 @@ def test_same_bits_after_a_worker_is_killed(process_clients, bound, data, refere
     client.wait_for_workers(2)
     worker_pids = client.run(os.getpid).values()
     scripted = ScriptedDataset(data, tmp_path / "faults", {13: ["hang"]})
-    with DaskExecutor(bound, scripted, client) as executor, ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    with DaskExecutor(bound, scripted, client) as executor:
         run = pool.submit(executor.run, works()[0])
+        pool.shutdown(wait=False)  # a run that hangs is a failure, not a test that hangs
         wait_until(scripted.hanging.exists)
         pid = int(scripted.hanging.read_text())
         assert pid in worker_pids

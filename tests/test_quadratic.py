@@ -292,7 +292,7 @@ def logistic(tmp_path_factory):
 def test_certificate_of_a_logistic_regression_is_near_the_true_distance(logistic, seed):
     executor, loc, sd = logistic
     at_optimum, _ = certify(executor, member(MeanField(), loc, sd.diag()), seed)
-    assert at_optimum.max < 0.03
+    assert at_optimum.max < 0.07  # the noise that cubic terms leave in 8 pairs of draws
     assert at_optimum.sd_error < 0.05  # curvature at one pair of draws
     posterior_sd = measure_curvature(executor, loc[None], range(executor.data.manifest.num_chunks), 0).stddev
     away = 0.3 * posterior_sd * tensor(3, seed=seed).sign()

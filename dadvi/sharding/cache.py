@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from torch import Tensor
-from zict import LRU
 
 from dadvi.sharding.reader import ShardedDataset
 
@@ -12,23 +11,26 @@ CACHE_BYTES = 512 * 2**20
 
 
 class ChunkCache:
-    """Reads chunks of a data set, keeping the most recently used ones up to a budget of bytes.
+    """Reads chunks of a data set and keeps those that it read first, up to a budget of bytes.
 
+    Passes come back to every chunk in turn. Keeping the same ones then saves their share of the reading, where keeping
+    the latest would save nothing once the data exceed the budget.
     A tensor it returns is shared with later readers and must not be changed in place.
     """
 
     def __init__(self, data: ShardedDataset, budget: int = CACHE_BYTES) -> None:
         self.data = data
-        self._kept: LRU[tuple[int, tuple[str, ...]], dict[str, Tensor]] = LRU(budget, {}, weight=_bytes)
+        self._room = budget
+        self._kept: dict[tuple[int, tuple[str, ...]], dict[str, Tensor]] = {}
 
     def read(self, chunk: int, fields: Iterable[str]) -> dict[str, Tensor]:
         """Return the tensors of a chunk by field name, as `ShardedDataset.read` does and with its errors."""
         key = (chunk, tuple(fields))
-        batch = self._kept.get(key)
-        if batch is None:
-            batch = self._kept[key] = self.data.read(chunk, key[1])
+        if key in self._kept:
+            return self._kept[key]
+        batch = self.data.read(chunk, key[1])
+        size = sum(values.nbytes for values in batch.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = batch
         return batch
-
-
-def _bytes(key: object, batch: dict[str, Tensor]) -> int:  # noqa: ARG001  the signature is zict's
-    return sum(values.nbytes for values in batch.values())
