@@ -173,7 +173,7 @@ class DaskExecutor(_Base):
                 task.shards,
                 check,
                 key=f"{self._run}-{work.name}-{call}-{number}",
-                workers=None if task.worker is None else [task.worker],
+                workers=[task.worker],
                 allow_other_workers=True,
                 retries=self._retries,
             )
@@ -203,9 +203,9 @@ class DaskExecutor(_Base):
         self._update_placement()
         sizes = self.data.manifest.chunk_sizes
         tasks: list[_Task] = []
-        filling: dict[str | None, _Task] = {}  # each worker's latest task
+        filling: dict[str, _Task] = {}  # each worker's latest task
         for shard, members in shards:
-            worker, rows = self._placement.get(shard), int(sizes[members].sum())
+            worker, rows = self._placement[shard], int(sizes[members].sum())
             task = filling.get(worker)
             if task is None or task.rows + rows > self.data.manifest.shard_rows:
                 task = filling[worker] = _Task(worker)
@@ -235,7 +235,7 @@ class DaskExecutor(_Base):
 class _Task:
     """Shards that go to a worker together."""
 
-    worker: str | None  # None: wherever Dask finds room
+    worker: str
     shards: list[ShardChunks] = field(default_factory=list)
     rows: int = 0
 

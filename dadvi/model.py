@@ -68,8 +68,8 @@ class Model:
         dims: Mapping[str, str | Sequence[str]] | None = None,
     ) -> None:
         if (likelihood is None) == (log_likelihood is None):
-            given = "both" if likelihood is not None else "neither"
-            raise ModelError(f"Model needs either likelihood= with observed=, or log_likelihood=; {given} was given")
+            given = "both were" if likelihood is not None else "neither was"
+            raise ModelError(f"Model needs either likelihood= with observed=, or log_likelihood=; {given} given")
         if (likelihood is None) != (observed is None):
             raise ModelError(
                 "likelihood= and observed= go together: observed names the field that the likelihood's distribution "
