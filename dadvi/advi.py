@@ -33,7 +33,7 @@ from dadvi.optim import (
 )
 from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
-from dadvi.quadratic import Certificate, certify, curvature_chunks, measure_curvature
+from dadvi.quadratic import DENSE_LIMIT, Certificate, certify, curvature_chunks, measure_curvature
 from dadvi.sharding import sampling
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import FloatArray, IntArray, Purpose, random_stream
@@ -188,6 +188,9 @@ class ADVI:
                 search.record("certificate", elbo, certificate=certificate.max if certificate else math.nan)
                 if certificate is not None and certificate.within(tol):
                     return search.fitted("converged", f"the certificate is within tol={tol:g}", elbo, certificate)
+                if certificate is None and settling.settled:
+                    reason = f"the average settled; with {search.q.dim} coordinates, over {DENSE_LIMIT}, no certificate"
+                    return search.fitted("stopped", reason, elbo)
                 if search.exhausted:
                     how = "after its average had settled" if settling.settled else "before its average settled"
                     reason = f"max_passes={search.max_passes:g} reached, {how}"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
@@ -92,7 +93,7 @@ def ingest(
             "several in one string or by repeating the option. Default: every column.",
         ),
     ] = None,
-    shuffle: Annotated[int | None, typer.Option(min=0, help="Seed of the global shuffle of rows. Default: 0.")] = None,
+    shuffle: Annotated[int | None, typer.Option(help="Seed of the global shuffle of rows. Default: 0.")] = None,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle.")] = False,
     missing: Annotated[Missing, typer.Option(help="Refuse rows with missing values, or drop them.")] = Missing.REFUSE,
     chunk_rows: Annotated[
@@ -105,6 +106,8 @@ def ingest(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
     """Write tables as a shuffled Zarr data set, in bounded memory. Prints where it is."""
+    if shuffle is not None and shuffle < 0:
+        raise InputError(f"--shuffle {shuffle}: a seed is a whole number, at least 0")
     if keep_order and shuffle is not None:
         raise InputError("--shuffle and --keep-order exclude one another; give one of them")
     data = run_ingest(
@@ -136,7 +139,7 @@ def fit(
     scheduler: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Local worker processes. Default: one per core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes. Default: one per core.")] = None,
     serial: Annotated[bool, typer.Option("--serial", help="Fit in this process, without workers.")] = False,
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
@@ -167,6 +170,8 @@ def fit(
     """
     if sum([scheduler is not None, workers is not None, serial]) > 1:
         raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
     method = ADVI(
         batch_rows=batch_rows,
         num_draws=num_draws,
@@ -337,10 +342,23 @@ def _say(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Tell a warning in one line, without the place in the code that it came from."""
+
+    def show(message: Warning | str, *_place: object, **_source: object) -> None:
+        _say(f"warning: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
     try:
-        app()
+        with _short_warnings():
+            app()
     except InputError as error:
         code, text = ExitCode.BAD_INPUT, str(error)
     except (DadviError, OSError) as error:

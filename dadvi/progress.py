@@ -67,7 +67,9 @@ class Meter:
         if row.phase != "step":
             self._elbo = row.elbo
         parts = [
-            f"{row.passes:.1f} passes" if self._max_passes is None else f"{row.passes:.1f}/{self._max_passes:g} passes",
+            f"{row.passes:.1f} passes"
+            if self._max_passes is None
+            else f"{row.passes:.1f}/{self._max_passes:.0f} passes",
             f"ELBO {row.elbo:.1f} (one minibatch)" if self._elbo is None else f"ELBO {self._elbo:.1f}",
         ]
         rate = self._rows_per_second(row)

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup demo
 
-fit_options=(--workers 2 --max-passes 60)
+fit_options=(--workers 2)
 
 fields="late x=hour,distance:standardize:float32 month:category carrier:category origin:category dest:category"
 

@@ -260,7 +260,7 @@ def test_start_of_no_density_is_refused(validate):
 def test_likelihood_forms():
     prior = {"mu": Normal(0.0, 1.0)}
     density, score = lambda mu: Normal(mu, 1.0), lambda mu, y: -((y - mu) ** 2)
-    with pytest.raises(ModelError, match="both was given"):
+    with pytest.raises(ModelError, match="both were given"):
         dadvi.Model(prior, density, "y", log_likelihood=score)
     with pytest.raises(ModelError, match="neither was given"):
         dadvi.Model(prior)

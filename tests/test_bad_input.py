@@ -1,0 +1,683 @@
+"""Bad input, a row a mistake: what is said, with the value, the limit and the remedy, and that nothing is left behind.
+
+Commands run in this process through `main`, in one directory of files that are wrong in every way; each must end with
+exit code 2 and one line, and leave that directory as it was. Calls from Python must raise the class told.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import zarr
+from command import FIELDS, MODEL, dadvi, listing, unchanged, write_table
+from torch.distributions import Bernoulli, Normal, Poisson
+from zarr.storage import MemoryStore
+
+import dadvi as package
+from dadvi.errors import DataError, InputError, ModelError
+
+ROWS, CHUNK, CHUNKS = 4_000, 100, 40
+BAD_CHUNK = 19  # in the middle: neither of the two that are looked at before a fit
+BAD_ROW = BAD_CHUNK * CHUNK + 7
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bad")
+    write_tables(directory)
+    write_groups(directory)
+    write_models(directory)
+    data = ["data.zarr", "--out", "run", "--serial", "--quiet", "--max-passes", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        assert dadvi("fit", "model.py:model", *data).code in (0, 3)
+    shutil.copytree(directory / "run", directory / "newer_run")
+    edit(directory / "newer_run" / "posterior.zarr", "dadvi_posterior", "document", "format", value=2)
+    shutil.copytree(directory / "run" / "posterior.zarr", directory / "lost.zarr")
+    (directory / "lost.zarr" / "loc" / "c" / "0").unlink()
+    return directory
+
+
+def write_tables(directory: Path) -> None:
+    table = write_table(directory / "table.csv")
+    (directory / "short.csv").write_text("y,x,g\n1,2.0,AA\n")
+    (directory / "header.csv").write_text("y,x,g\n")
+    (directory / "empty.csv").write_text("")
+    (directory / "notes.txt").write_text("not a table\n")
+    (directory / "damaged.parquet").write_bytes(b"PAR1 and then nothing")
+    table.to_parquet(directory / "table.parquet")
+    many = pd.DataFrame({"g": [f"g{i:03d}" for i in range(300)], "n": range(300), "when": pd.Timestamp("2026-01-01")})
+    many.to_parquet(directory / "many.parquet")
+    holes = pd.DataFrame({"x": [1.0, None, 3.0, None], "z": [0.5, 1.5, 2.5, 3.5]})
+    holes.to_csv(directory / "holes.csv", index=False)
+    pd.DataFrame({"x": [1.0, 2.0, np.inf, -np.inf]}).to_parquet(directory / "infinite.parquet")
+    pd.DataFrame({"x": [None, None]}, dtype=float).to_parquet(directory / "nothing.parquet")
+    pd.DataFrame({"x": [1.5, 1.5], "lambda": [1, 2]}).to_csv(directory / "constant.csv", index=False)
+
+
+def fields() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(ROWS)
+    return {"y": (rng.random(ROWS) < 1 / (1 + np.exp(-x))).astype(np.int64), "x": x, "m": rng.random((ROWS, 2))}
+
+
+def changed(name: str, row: int, value: object) -> dict[str, np.ndarray]:
+    values = fields()
+    values[name][row] = value
+    return values
+
+
+def write_groups(directory: Path) -> None:
+    sizes = {"chunk_rows": CHUNK, "shard_rows": 4 * CHUNK}
+    package.write_shards(directory / "data.zarr", fields(), **sizes)
+    package.write_shards(directory / "first.zarr", changed("y", 3, 2), **sizes)
+    package.write_shards(directory / "middle.zarr", changed("y", BAD_ROW, -1), **sizes)
+    write_foreign(directory / "nan.zarr", changed("x", 5, np.nan))
+    write_foreign(directory / "nan_middle.zarr", changed("x", BAD_ROW, np.nan))
+    write_foreign(directory / "infinite_middle.zarr", changed("x", BAD_ROW, -np.inf))
+    write_foreign(directory / "unequal.zarr", {"x": np.zeros(5), "y": np.zeros(7)})
+    write_foreign(directory / "rowless.zarr", {"x": np.zeros(0)})
+    zarr.open_group(directory / "empty.zarr", mode="w")
+    for name in ("newer.zarr", "changed.zarr", "damaged.zarr", "shard_lost.zarr"):
+        shutil.copytree(directory / "data.zarr", directory / name)
+    edit(directory / "newer.zarr", "dadvi", "format", value=7)
+    edit(directory / "changed.zarr", "dadvi", "manifest", "finite", value=False)
+    flip(directory / "damaged.zarr" / "x" / "c" / "0", 100)
+    (directory / "shard_lost.zarr" / "x" / "c" / "0").unlink()
+
+
+def write_foreign(path: Path, values: dict[str, np.ndarray]) -> None:
+    """Write a group that is not this package's, and thus may hold anything."""
+    group = zarr.open_group(path, mode="w")
+    for name, value in values.items():
+        group.create_array(name, data=value, chunks=(max(1, min(CHUNK, len(value))), *value.shape[1:]))
+
+
+def edit(group: Path, *keys: str, value: object) -> None:
+    """Set an entry, found by its keys, among the attributes of a group."""
+    document = json.loads((group / "zarr.json").read_text())
+    entry = document["attributes"]
+    for key in keys[:-1]:
+        entry = entry[key]
+    assert entry[keys[-1]] != value
+    entry[keys[-1]] = value
+    (group / "zarr.json").write_text(json.dumps(document))
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+MODELS = """\
+import torch
+from torch.distributions import Bernoulli, Independent, Normal, Poisson
+
+import dadvi
+
+prior = {"a": Normal(0.0, 2.0), "b": Normal(0.0, 2.0)}
+
+
+def logistic(a, b, x):
+    return Bernoulli(logits=a + b * x)
+
+
+model = dadvi.Model(prior, logistic, observed="y")
+unknown_field = dadvi.Model(prior, lambda a, b, distance: Normal(a + b * distance, 1.0), observed="y")
+unknown_observed = dadvi.Model(prior, logistic, observed="late")
+unknown_weight = dadvi.Model(prior, logistic, observed="y", weight="w")
+unknown_dims = dadvi.Model({"e": Normal(torch.zeros(2), 1.0)}, lambda e, x: Normal(e[0] * x, 1.0), "y", dims={"e": "g"})
+observed_wide = dadvi.Model(prior, lambda a, b, x: Normal(a + b * x, 1.0), observed="m")
+not_by_row = dadvi.Model(prior, lambda a, b, x: Normal(a + b * (x - x.mean()), 1.0), observed="y")
+scalar = dadvi.Model(prior, log_likelihood=lambda a, b, x, y: Normal(a + b * x, 1.0).log_prob(y).sum())
+not_finite = dadvi.Model(prior, log_likelihood=lambda a, b, x, y: Normal(a, 1.0).log_prob(y) - 1 / (b * 0.0 + 0.0))
+raises = dadvi.Model(prior, lambda a, b, x: Normal(a + b @ x, 1.0), observed="y")
+tensor = dadvi.Model(prior, lambda a, b, x: a + b * x, observed="y")
+number = 3
+
+
+def broken(data):
+    return data.nothing
+"""
+
+
+def write_models(directory: Path) -> None:
+    (directory / "model.py").write_text(MODELS)
+    (directory / "table_model.py").write_text(MODEL)
+    (directory / "syntax.py").write_text("x = 1\ny = = 2\n")
+    (directory / "fails.py").write_text("import dadvi\n\nmodel = dadvi.Model({}, None)\n")
+    (directory / "model.txt").write_text("model = 1\n")
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+INGEST: dict[str, tuple[str, list[str]]] = {
+    "file missing": (
+        "nowhere.csv new.zarr",
+        ["nowhere.csv does not exist, or holds no file of a known format", ".parquet"],
+    ),
+    "no file of the pattern": ("gone-*.csv new.zarr", ["gone-*.csv does not exist"]),
+    "one of two missing": ("table.csv gone.csv new.zarr", ["gone.csv does not exist"]),
+    "format unknown": ("notes.txt new.zarr", ["notes.txt is of unknown format; names must end in one of .parquet"]),
+    "formats mixed": ("table.csv table.parquet new.zarr", ["several formats: csv, parquet; ingest one at a time"]),
+    "file empty": ("empty.csv new.zarr", ["empty.csv cannot be read as csv"]),
+    "rows none": ("header.csv new.zarr", ["empty data: 0 of 0 rows are left"]),
+    "file damaged": ("damaged.parquet new.zarr", ["damaged.parquet cannot be read as parquet", "check the file"]),
+    "column missing": ("table.csv new.zarr --fields y --fields z", ["has no column z; it has y, x, g"]),
+    "column of a field missing": ("table.csv new.zarr --fields a=x,speed", ["has no column speed; it has y, x, g"]),
+    "values missing": (
+        "holes.csv new.zarr",
+        ["missing values in x (2 of 4 rows)", "drop those rows with missing='drop' (--missing drop)"],
+    ),
+    "values all missing": ("nothing.parquet new.zarr --missing drop", ["empty data: 0 of 2 rows are left", "2 in x"]),
+    "values infinite": ("infinite.parquet new.zarr", ["infinite values in x (2 values, the first in row 2)"]),
+    "text as numbers": (
+        "table.csv new.zarr --fields g",
+        ["column 'g' is text; make it integer codes with g=g:category"],
+    ),
+    "dates": ("many.parquet new.zarr", ["column 'when' has type timestamp", "an hour or days since a date"]),
+    "codes overflow": (
+        "many.parquet new.zarr --fields g:category:int8",
+        ["field 'g' has 300 categories, and the codes of int8 end at 127; use int16"],
+    ),
+    "integers overflow": (
+        "many.parquet new.zarr --fields n:int8",
+        ["column 'n' has the value 299, and int8 goes from -128 to 127; use a wider dtype for field 'n'"],
+    ),
+    "fractions as integers": (
+        "holes.csv new.zarr --fields z:int32",
+        ["column 'z' has the value 0.5, which is no int32"],
+    ),
+    "constant standardised": ("constant.csv new.zarr --fields x:standardize", ["column 'x' is constant (1.5)"]),
+    "name a keyword": ("constant.csv new.zarr", ["must be Python identifiers; rename 'lambda'"]),
+    "fields with a comma": (
+        "table.csv new.zarr --fields y,x",
+        ["'y,x' is not a field; separate fields by spaces ('y x'), or name what the columns are stacked into (x=y,x)"],
+    ),
+    "modifier unknown": (
+        "table.csv new.zarr --fields x:normalise",
+        ["'x:normalise' has the unknown modifier 'normalise'; there are category, standardize, and the dtypes float16"],
+    ),
+    "dtypes two": ("table.csv new.zarr --fields x:float32:float64", ["has the dtypes float32 and float64; give one"]),
+    "category standardised": ("table.csv new.zarr --fields g:category:standardize", ["codes of categories cannot be"]),
+    "category of two": ("table.csv new.zarr --fields c=g,y:category", ["2 columns cannot share codes"]),
+    "category as float": ("table.csv new.zarr --fields g:category:float32", ["integers, not float32; use int32"]),
+    "field without name": ("table.csv new.zarr --fields =x", ["'=x' is not a field; write NAME, NAME=COLUMN"]),
+    "field twice": ("table.csv new.zarr --fields x --fields x=y", ["field 'x' is named 2 times"]),
+    "chunk_rows zero": ("table.csv new.zarr --chunk-rows 0", ["chunk_rows=0 must be at least 1"]),
+    "shard_rows no multiple": (
+        "table.csv new.zarr --chunk-rows 100 --shard-rows 250",
+        ["shard_rows=250 must be a multiple of chunk_rows=100; use 200 or 300"],
+    ),
+    "compression unknown": ("table.csv new.zarr --compression gzip", ["compression='gzip' is not known; use 'zstd'"]),
+    "output exists": ("table.csv data.zarr", ["data.zarr exists; choose another output, or replace it", "--overwrite"]),
+    "output is no data set": ("table.csv notes.txt --overwrite", ["notes.txt exists and is nothing that dadvi wrote"]),
+    "output is a directory of others": ("table.csv run --overwrite", ["run exists and is nothing that dadvi wrote"]),
+    "parent missing": (
+        "table.csv no/new.zarr",
+        ["cannot write to", "No such file or directory; create that directory"],
+    ),
+    "parent a file": ("table.csv notes.txt/new.zarr", ["cannot write to", "choose one that can be written"]),
+    "shuffle": ("table.csv new.zarr --shuffle -1", ["--shuffle -1: a seed is a whole number, at least 0"]),
+    "shuffle and not": (
+        "table.csv new.zarr --shuffle 1 --keep-order",
+        ["--shuffle and --keep-order exclude one another"],
+    ),
+}
+
+FIT: dict[str, tuple[str, list[str]]] = {
+    "data missing": (
+        "model.py:model gone.zarr",
+        ["gone.zarr does not exist; check the path, or make it with `dadvi ing"],
+    ),
+    "data a file": ("model.py:model table.csv", ["table.csv is not a Zarr group, or cannot be read"]),
+    "data a directory": (
+        "model.py:model run",
+        ["run is not a Zarr group, or cannot be read", "make one with `dadvi ing"],
+    ),
+    "data without arrays": ("model.py:model empty.zarr", ["has no arrays at its root, at least one is needed"]),
+    "data without rows": ("model.py:model rowless.zarr", ["empty data: 0 rows, at least 1 is needed"]),
+    "data of unequal length": (
+        "model.py:model unequal.zarr",
+        ["have unequal length: x has 5 rows, y has 7 rows; every field needs the same first axis"],
+    ),
+    "data newer": (
+        "model.py:model newer.zarr",
+        ["has format 7, and this version of dadvi reads formats up to 1; upgrade"],
+    ),
+    "data changed": ("model.py:model changed.zarr", ["metadata of", "have been changed since it was written"]),
+    "data damaged": ("model.py:model damaged.zarr", ["field 'x', shard 0, chunk 0 (rows 0 to 99)", "is damaged"]),
+    "data lost": ("model.py:model shard_lost.zarr", ["field 'x', shard 0, chunk 0", "is missing; restore it"]),
+    "data a posterior": ("model.py:model run/posterior.zarr", ["run/posterior.zarr is a posterior, not a data set"]),
+    "nan": (
+        "model.py:model nan.zarr",
+        ["field 'x' has 1 rows that are not finite, the first in row 5 (value nan)", "drop"],
+    ),
+    "nan in the middle": (
+        "model.py:model nan_middle.zarr",
+        [f"field 'x' has 1 rows that are not finite, the first in row {BAD_ROW} (value nan)", "drop or impute them"],
+    ),
+    "infinity in the middle": (
+        "model.py:model infinite_middle.zarr",
+        [f"field 'x' has 1 rows that are not finite, the first in row {BAD_ROW} (value -inf)"],
+    ),
+    "observed outside": (
+        "model.py:model first.zarr",
+        [
+            "observed field 'y' has 1 rows outside the support of Bernoulli, the first in row 3 (value 2",
+            "mend the data",
+        ],
+    ),
+    "observed outside in the middle": (
+        "model.py:model middle.zarr",
+        [f"observed field 'y' has 1 rows outside the support of Bernoulli, the first in row {BAD_ROW} (value -1"],
+    ),
+    "field unknown": (
+        "model.py:unknown_field data.zarr",
+        ["the likelihood takes 'distance', which is neither a latent (a, b) nor a field of the data (m, x, y)"],
+    ),
+    "observed unknown": ("model.py:unknown_observed data.zarr", ["observed is 'late', which is neither a latent"]),
+    "weight unknown": ("model.py:unknown_weight data.zarr", ["weight is 'w', which is neither a latent"]),
+    "dims unknown": (
+        "model.py:unknown_dims data.zarr",
+        ["dims of 'e' name 'g', which is not a field of the data (y, x, m)"],
+    ),
+    "observed of wrong shape": ("model.py:observed_wide data.zarr", ["'x': (100,)", "'m': (100, 2)"]),
+    "likelihood not by row": ("model.py:not_by_row data.zarr", ["the likelihood is not additive over rows"]),
+    "likelihood a scalar": ("model.py:scalar data.zarr", ["the log-likelihood of 100 rows has shape ()", "(100,)"]),
+    "likelihood not finite": (
+        "model.py:not_finite data.zarr",
+        ["the log-likelihood of row 0 is -inf at the starting point"],
+    ),
+    "likelihood raises": ("model.py:raises data.zarr", ["the likelihood failed on 100 rows", "(model.py in line 22)"]),
+    "likelihood a tensor": (
+        "model.py:tensor data.zarr",
+        ["likelihood returned a Tensor; it must return a torch distribut"],
+    ),
+    "file missing": (
+        "gone.py:model data.zarr",
+        ["no model file 'gone.py'; give the path of a Python file and a name in it"],
+    ),
+    "name missing": ("model.py data.zarr", ["model 'model.py' is not of the form MODEL.py:NAME"]),
+    "name empty": ("model.py: data.zarr", ["model 'model.py:' is not of the form MODEL.py:NAME"]),
+    "file no Python": (
+        "model.txt:model data.zarr",
+        ["'model.txt' cannot be loaded as Python; its name must end in .py"],
+    ),
+    "file a directory": ("run:model data.zarr", ["no model file 'run'"]),
+    "syntax": ("syntax.py:model data.zarr", ["syntax.py failed: SyntaxError: invalid syntax (syntax.py, line 2)"]),
+    "name not in the file": (
+        "model.py:modle data.zarr",
+        ["model.py has no 'modle'; the models in it are: model, unknown"],
+    ),
+    "no model": ("model.py:number data.zarr", ["model.py:number is a int; it must be a dadvi.Model, or a function"]),
+    "model refused": (
+        "fails.py:model data.zarr",
+        ["fails.py in line 3: Model needs either likelihood= with observed="],
+    ),
+    "function raises": ("model.py:broken data.zarr", ["model.py failed in line 28: AttributeError"]),
+    "optimizer": ("model.py:model data.zarr --optimizer adamw", ["optimizer is 'adamw'; known are 'adam', 'sgd'"]),
+    "schedule": (
+        "model.py:model data.zarr --schedule linear",
+        ["schedule is 'linear'; known are 'constant', 'cosine'"],
+    ),
+    "averaging": ("model.py:model data.zarr --averaging mean", ["averaging is 'mean'; known are 'polynomial', 'tail'"]),
+    "estimator": ("model.py:model data.zarr --estimator iwae", ["unknown estimator 'iwae': use one of 'closed_form'"]),
+    "estimator and optimizer": (
+        "model.py:model data.zarr --estimator stl --optimizer proximal",
+        ["optimizer 'proximal' takes the step of the entropy by itself, so estimator='stl' has no place in it"],
+    ),
+    "max_passes": ("model.py:model data.zarr --max-passes 0", ["max_passes=0.0: it must be positive and finite"]),
+    "max_passes nan": ("model.py:model data.zarr --max-passes nan", ["max_passes=nan: it must be positive and finite"]),
+    "tol": ("model.py:model data.zarr --tol -0.1", ["tol=-0.1: it must be positive and finite, in posterior sds"]),
+    "seed": ("model.py:model data.zarr --seed -1", ["seed=-1: it must be a whole number, at least 0"]),
+    "batch_rows": ("model.py:model data.zarr --batch-rows 0", ["batch_rows=0: at least 1 row is needed"]),
+    "num_draws": ("model.py:model data.zarr --num-draws 0", ["num_draws=0", "must be even and at least 2"]),
+    "num_draws odd": (
+        "model.py:model data.zarr --num-draws 3",
+        ["num_draws=3 with the 'antithetic' design: it must be even"],
+    ),
+    "learning_rate": (
+        "model.py:model data.zarr --learning-rate 0",
+        ["learning_rate=0.0: it must be positive and finite"],
+    ),
+    "workers": ("model.py:model data.zarr --workers 0", ["--workers 0: at least 1 is needed; --serial fits without"]),
+    "who works": (
+        "model.py:model data.zarr --workers 2 --serial",
+        ["--scheduler, --workers and --serial exclude one another"],
+    ),
+    "output a data set": (
+        "model.py:model data.zarr --out data.zarr --overwrite",
+        ["data.zarr exists and is nothing that"],
+    ),
+    "output exists": ("model.py:model data.zarr --out run", ["run exists; choose another output", "(--overwrite)"]),
+    "output a file": ("model.py:model data.zarr --out notes.txt", ["notes.txt exists and is nothing that dadvi wrote"]),
+    "parent missing": ("model.py:model data.zarr --out no/run", ["cannot write to", "/no; create that directory"]),
+}
+
+SUMMARY: dict[str, tuple[str, list[str]]] = {
+    "missing": ("gone", ["gone does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior"]),
+    "a file": ("table.csv", ["table.csv does not hold a posterior that can be read"]),
+    "a data set": (
+        "data.zarr",
+        ["data.zarr does not hold a posterior that can be read", "give what Posterior.save wrote"],
+    ),
+    "newer": ("newer_run", ["has format 2; this version of dadvi reads up to 1: upgrade dadvi"]),
+    "part lost": ("lost.zarr", ["lost.zarr has changed since it was written: its digest is"]),
+}
+
+USAGE: dict[str, tuple[str, list[str]]] = {
+    "command": ("resme run", ["No such command 'resme'"]),
+    "option": ("fit model.py:model data.zarr --out new --tolerance 1", ["No such option: --tolerance"]),
+    "family": (
+        "fit model.py:model data.zarr --out new --family full",
+        ["'--family'", "'mean_field', 'full_rank', 'low_rank'"],
+    ),
+    "missing": (
+        "ingest table.csv new.zarr --missing ignore",
+        ["'--missing'", "'ignore' is not one of 'refuse', 'drop'"],
+    ),
+    "no number": ("fit model.py:model data.zarr --out new --tol small", ["Invalid value for '--tol'"]),
+    "no output": ("fit model.py:model data.zarr", ["Missing option '--out'"]),
+    "no data": ("fit model.py:model --out new", ["Missing argument 'DATA.zarr'"]),
+    "no sources": ("ingest new.zarr", ["Missing argument 'SOURCE'"]),
+}
+
+
+@pytest.fixture
+def here(world, monkeypatch) -> Path:
+    monkeypatch.chdir(world)
+    return world
+
+
+def refuse(world: Path, arguments: str, fragments: list[str], options: tuple[str, ...] = ()) -> str:
+    with unchanged(world):
+        ran = dadvi(*arguments.split(), *options)
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    assert "Traceback" not in ran.err
+    for fragment in fragments:
+        assert fragment in ran.err, ran.err
+    return ran.err
+
+
+def one_line(text: str) -> None:
+    assert text.startswith("error: ")
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("mistake", INGEST)
+def test_ingest_refuses(here, mistake):
+    arguments, fragments = INGEST[mistake]
+    one_line(refuse(here, f"ingest {arguments}", fragments))
+
+
+@pytest.mark.parametrize("mistake", FIT)
+def test_fit_refuses(here, mistake):
+    arguments, fragments = FIT[mistake]
+    out = () if "--out" in arguments else ("--out", "new")
+    where = () if "--workers" in arguments else ("--serial",)
+    one_line(refuse(here, f"fit {arguments} --quiet", fragments, (*out, *where)))
+
+
+@pytest.mark.parametrize("mistake", SUMMARY)
+def test_summary_refuses(here, mistake):
+    arguments, fragments = SUMMARY[mistake]
+    one_line(refuse(here, f"summary {arguments}", fragments))
+    assert refuse(here, f"summary {arguments} --json", fragments)
+
+
+@pytest.mark.parametrize("mistake", USAGE)
+def test_usage_is_told(here, mistake):
+    arguments, fragments = USAGE[mistake]
+    text = refuse(here, arguments, fragments)
+    assert text.startswith("Usage: dadvi ")
+    assert text.splitlines()[-1].startswith("Error: ")
+
+
+# Rows that the checks before a fit do not see -------------------------------------------------------------------------
+
+BAD_ROWS = {
+    "nan": ("nan_middle.zarr", f"field 'x' has 1 rows that are not finite, the first in row {BAD_ROW} (value nan)"),
+    "support": (
+        "middle.zarr",
+        f"observed field 'y' has 1 rows outside the support of Bernoulli, the first in row {BAD_ROW}",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bad_row_that_the_warm_start_does_not_meet_is_refused_by_the_first_pass(world, kind, seed):
+    """With a small subsample the row is met in the measuring of curvature, or in a step: the error is the same."""
+    name, message = BAD_ROWS[kind]
+    method = package.ADVI(subsample_rows=2 * CHUNK, batch_rows=5 * CHUNK)
+    data = package.open_shards(world / name)
+    with pytest.raises(DataError) as refused:
+        package.fit(logistic(), data, method=method, seed=seed, client="serial", max_passes=3)
+    assert message in str(refused.value)
+    assert f"chunk {BAD_CHUNK}" in str(refused.value) or "step" not in str(refused.value)
+
+
+def test_a_gradient_pass_refuses_rows_that_are_not_finite(world):
+    name, message = BAD_ROWS["nan"]
+    with pytest.raises(DataError) as refused:
+        package.full_gradient(logistic(), package.open_shards(world / name), torch.zeros(2), client="serial")
+    assert message in str(refused.value)
+    assert f"chunk {BAD_CHUNK}" in str(refused.value)
+
+
+# Calls from Python ----------------------------------------------------------------------------------------------------
+
+
+def logistic() -> package.Model:
+    prior = {"a": Normal(0.0, 2.0), "b": Normal(0.0, 2.0)}
+    return package.Model(prior, lambda a, b, x: Bernoulli(logits=a + b * x), observed="y")
+
+
+def fit(world: Path, data: str = "data.zarr", **settings: Any) -> None:
+    package.fit(logistic(), package.open_shards(world / data), **{"client": "serial", "max_passes": 3, **settings})
+
+
+def fit_poisson(world: Path) -> None:
+    model = package.Model({"a": Normal(0.0, 1.0)}, lambda a, x: Poisson((a * x).exp()), observed="x")
+    package.fit(model, package.open_shards(world / "data.zarr"), client="serial")
+
+
+Call = Callable[[Path], object]
+
+WRITE: dict[str, tuple[Call, list[str]]] = {
+    "nan": (
+        lambda world: package.write_shards(world / "new.zarr", {"x": np.array([0.0, np.nan, 1.0, np.nan])}),
+        ["field 'x' has 2 values that are NaN or infinite", "the first is nan in row 1. Remove or correct those rows"],
+    ),
+    "infinity": (
+        lambda world: package.write_shards(
+            world / "new.zarr", {"y": [0, 1], "x": torch.tensor([[1.0, 2.0], [3.0, -torch.inf]])}
+        ),
+        ["field 'x' has 1 values that are NaN or infinite", "the first is -inf in row 1"],
+    ),
+    "shuffled nan": (
+        lambda world: package.write_shards(world / "new.zarr", changed("x", BAD_ROW, np.nan), shuffle=0),
+        [f"the first is nan in row {BAD_ROW}"],
+    ),
+    "unequal length": (
+        lambda world: package.write_shards(world / "new.zarr", {"x": np.zeros(3), "y": np.zeros(4)}),
+        ["fields have unequal length: x has 3 rows, y has 4 rows"],
+    ),
+    "no rows": (
+        lambda world: package.write_shards(world / "new.zarr", {"x": np.zeros((0, 2))}),
+        ["empty data: field 'x' has shape (0, 2); at least one row"],
+    ),
+    "no fields": (lambda world: package.write_shards(world / "new.zarr", {}), ["empty data: no fields are given"]),
+    "text": (
+        lambda world: package.write_shards(world / "new.zarr", {"x": np.array(["a", "b"])}),
+        ["field 'x' has dtype <U1", "convert it to integer codes"],
+    ),
+    "code outside": (
+        lambda world: package.write_shards(world / "new.zarr", {"g": np.array([0, 3, 1])}, categories={"g": "abc"}),
+        ["field 'g' has 1 codes outside 0 to 2, its categories; the first is 3 in row 1"],
+    ),
+    "uint64": (
+        lambda world: package.write_shards(world / "new.zarr", {"n": np.array([1, 2**63], dtype=np.uint64)}),
+        ["field 'n' has 1 integers above 9223372036854775807, the largest usable", "in row 1"],
+    ),
+    "exists": (
+        lambda world: package.write_shards(world / "data.zarr", {"x": np.zeros(3)}),
+        ["data.zarr exists; choose another output, or replace it with overwrite=True"],
+    ),
+    "seed": (
+        lambda world: package.write_shards(world / "new.zarr", {"x": np.zeros(3)}, shuffle=-1),
+        ["=-1: it must be a whole number, at least 0"],
+    ),
+    "seed of ingest": (
+        lambda world: package.ingest(world / "table.csv", world / "new.zarr", FIELDS, shuffle=-1),
+        ["=-1: it must be a whole number, at least 0"],
+    ),
+}
+
+CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
+    "method": (lambda world: fit(world, method="nuts"), InputError, ["method='nuts': use 'auto'", "dadvi.ADVI()"]),
+    "family": (
+        lambda world: fit(world, family="flow"),
+        InputError,
+        ["'flow'", "'mean_field'", "'full_rank'", "'low_rank'"],
+    ),
+    "model": (
+        lambda world: package.fit(3, package.open_shards(world / "data.zarr")),
+        ModelError,
+        ["model is a int; give a"],
+    ),
+    "data": (
+        lambda world: package.fit(logistic(), "data.zarr"),
+        InputError,
+        ["data is a str; give what dadvi.open_shards"],
+    ),
+    "seed": (lambda world: fit(world, seed=1.5), InputError, ["seed=1.5: it must be a whole number, at least 0"]),
+    "tol": (lambda world: fit(world, tol=float("inf")), InputError, ["tol=inf: it must be positive and finite"]),
+    "max_passes": (
+        lambda world: fit(world, max_passes=-2),
+        InputError,
+        ["max_passes=-2: it must be positive and finite"],
+    ),
+    "optimizer": (lambda _: package.ADVI(optimizer="newton"), InputError, ["optimizer is 'newton'; known are 'adam'"]),
+    "schedule": (lambda _: package.ADVI(schedule="linear"), InputError, ["schedule is 'linear'; known are 'constant'"]),
+    "averaging": (lambda _: package.ADVI(averaging="ema"), InputError, ["averaging is 'ema'; known are"]),
+    "estimator": (lambda _: package.ADVI(estimator="iwae"), InputError, ["unknown estimator 'iwae'"]),
+    "design": (lambda _: package.ADVI(design="sobol"), InputError, ["'sobol'", "antithetic"]),
+    "batch_rows": (lambda _: package.ADVI(batch_rows=-5), InputError, ["batch_rows=-5: at least 1 row is needed"]),
+    "support": (
+        fit_poisson,
+        DataError,
+        ["observed field 'x' has", "rows outside the support of Poisson, the first in row 0"],
+    ),
+    "nan": (
+        lambda world: fit(world, "nan.zarr"),
+        DataError,
+        ["field 'x' has 1 rows that are not finite, the first in row 5"],
+    ),
+    "run_dir": (
+        lambda world: fit(world, run_dir=world / "run"),
+        InputError,
+        ["run exists; choose another output, or replace it with overwrite=True"],
+    ),
+    "data in memory on workers": (
+        lambda _: package.fit(logistic(), package.write_shards(MemoryStore(), fields()), client="tcp://127.0.0.1:1x"),
+        InputError,
+        ["'tcp://127.0.0.1:1x'"],
+    ),
+    "eta": (
+        lambda world: package.full_gradient(logistic(), package.open_shards(world / "data.zarr"), torch.zeros(2, 3)),
+        InputError,
+        ["eta has shape (2, 3); it must be (K, 2)"],
+    ),
+    "posterior missing": (lambda world: package.load_posterior(world / "gone"), DataError, ["gone does not exist"]),
+    "posterior exists": (
+        lambda world: package.load_posterior(world / "run" / "posterior.zarr").save(world / "lost.zarr"),
+        DataError,
+        ["lost.zarr exists; choose another output"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRITE)
+def test_writing_refuses(world, mistake):
+    call, fragments = WRITE[mistake]
+    with unchanged(world), pytest.raises(InputError) as refused:
+        call(world)
+    for fragment in fragments:
+        assert fragment in str(refused.value)
+
+
+@pytest.mark.parametrize("mistake", CALLS)
+def test_calls_refuse(world, mistake):
+    call, error, fragments = CALLS[mistake]
+    with unchanged(world), pytest.raises(error) as refused:
+        call(world)
+    for fragment in fragments:
+        assert fragment in str(refused.value)
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_posterior_with_any_byte_changed_is_refused_or_the_same(world, tmp_path):
+    """Bytes of numbers are all protected; those of JSON that say nothing may change without harm."""
+    whole = world / "run" / "posterior.zarr"
+    good = package.load_posterior(whole)
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    assert {str(file) for file in files} >= {"zarr.json", "loc/zarr.json", "loc/c/0", "log_scale/c/0"}
+    for file in files:
+        size = (whole / file).stat().st_size
+        refused = 0
+        positions = sorted(set(range(0, size, max(1, size // 25))) | {size - 1})
+        for position in positions:
+            copy = tmp_path / "copy.zarr"
+            shutil.copytree(whole, copy)
+            flip(copy / file, position)
+            loaded = loaded_or_none(copy)
+            refused += loaded is None
+            if loaded is not None:
+                assert file.name == "zarr.json", f"{file} changed at {position}, and nobody noticed"
+                assert loaded._to_json() == good._to_json()
+                for name, value in good.unconstrained.params.items():
+                    assert torch.equal(loaded.unconstrained.params[name], value)
+            shutil.rmtree(copy)
+        assert refused == len(positions) if file.name == "0" else refused > 0, file
+
+
+def loaded_or_none(path: Path) -> package.Posterior | None:
+    """Return the posterior, or None where it is refused as it should be."""
+    try:
+        return package.load_posterior(path)
+    except DataError as error:
+        if str(path) not in str(error):
+            raise
+        return None
+
+
+def test_a_posterior_with_a_changed_number_in_its_description_is_refused(world, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(world / "run" / "posterior.zarr", copy)
+    edit(copy, "dadvi_posterior", "document", "elbo", value=package.load_posterior(copy).elbo + 1e-9)
+    with pytest.raises(
+        DataError, match=r"has changed since it was written: its digest is [0-9a-f]{64}, and [0-9a-f]{64}"
+    ):
+        package.load_posterior(copy)
+
+
+def test_the_listing_sees_what_is_left(tmp_path):
+    """What the tests above rest on."""
+    before = listing(tmp_path)
+    (tmp_path / ".hidden").mkdir()
+    assert listing(tmp_path) != before
+    with pytest.raises(AssertionError), unchanged(tmp_path):
+        (tmp_path / ".hidden" / "file").touch()
