@@ -34,7 +34,7 @@ from dadvi.optim import (
 from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.quadratic import DENSE_LIMIT, Certificate, certify, curvature_chunks, measure_curvature
-from dadvi.sharding import sampling
+from dadvi.sharding import Manifest, sampling
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import FloatArray, IntArray, Purpose, random_stream
 from dadvi.whitening import Whitening
@@ -53,7 +53,11 @@ MAX_SKIPPED = 10
 """Steps in a row without a finite gradient before a run counts as diverged."""
 
 ALLOWED_FALL = 10.0
-"""Nats per coordinate by which the ELBO may fall below its best before a run counts as diverged."""
+"""Nats per coordinate by which the ELBO may fall below its best before a run counts as diverged.
+
+In its first epochs a run is measured by its first step, and from one minibatch the ELBO is known only roughly: there it
+may fall by as many nats per row besides.
+"""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,16 @@ class ADVI:
             )
         return optimizer
 
+    def batch_chunks(self, manifest: Manifest) -> int:
+        """Return the chunks of a minibatch."""
+        batch_rows = self.batch_rows or min(LARGEST_BATCH, manifest.num_rows / STEPS_PER_EPOCH)
+        return min(manifest.num_chunks, max(1, round(batch_rows / manifest.chunk_rows)))
+
+    def passes_at_most(self, manifest: Manifest, max_passes: float | None) -> float:
+        """Return the passes at which a run ends at the latest."""
+        steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks(manifest))
+        return max(DEFAULT_PASSES, DEFAULT_STEPS / steps_per_epoch) if max_passes is None else max_passes
+
     def describe(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -225,11 +239,10 @@ class _Search:
     ) -> None:
         manifest = executor.data.manifest
         self.settings, self.executor, self.family, self.seed, self._report = settings, executor, family, seed, report
-        batch_rows = settings.batch_rows or min(LARGEST_BATCH, manifest.num_rows / STEPS_PER_EPOCH)
-        self.batch_chunks = min(manifest.num_chunks, max(1, round(batch_rows / manifest.chunk_rows)))
+        self.batch_chunks = settings.batch_chunks(manifest)
         steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks)
         self.stretch_epochs = -(-STRETCH_STEPS // steps_per_epoch)
-        self.max_passes = max(DEFAULT_PASSES, DEFAULT_STEPS / steps_per_epoch) if max_passes is None else max_passes
+        self.max_passes = settings.passes_at_most(manifest, max_passes)
         self.step = self.epoch = self.skipped = 0
         self.trace: list[TraceRow] = []
         self.history: list[FloatArray] = []
@@ -307,13 +320,25 @@ class _Search:
                 self.trouble = f"{self.skipped} steps in a row up to step {self.step} had no finite gradient"
             return
         self.skipped = 0
+        if self.step == 1:
+            self.best_elbo = est.elbo - ALLOWED_FALL * self.executor.data.num_rows
         for name, parameter in self.theta.items():
             parameter.grad = -grad[name]  # torch minimises
         self.optimizer.step()
         self.schedule.step()
+        if not self._is_gaussian():
+            self.trouble = (
+                f"step {self.step} left a scale or mean that is not finite or not positive; lower the learning rate"
+            )
+            return
         self.average = self.averaging.update(self.average, self.theta)
         self._report(self._row("step", est.elbo))
         stretch.add(len(chunks), est.elbo, torch.cat([self.theta["loc"], self.theta["log_scale"]]).detach().numpy())
+
+    def _is_gaussian(self) -> bool:
+        """Whether θ is still a Gaussian's."""
+        scale = self.theta["log_scale"].exp()
+        return bool((scale > 0).all() and all(p.isfinite().all() for p in (scale, *self.theta.values())))
 
     def _estimate(self, chunks: IntArray) -> Estimate:
         """Return the ELBO of θ and its gradient, from one minibatch."""

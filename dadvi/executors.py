@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
+from distributed.comm import get_address_host_port
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
@@ -281,6 +282,14 @@ def connect(address: str, timeout: float = 10.0) -> Client:
         If no scheduler answers there within `timeout` seconds.
 
     """
+    try:
+        # Before there is a client: one that never connected takes 20 s to end, and prints a traceback as it does.
+        if not address.startswith(("inproc://", "ucx://")):
+            get_address_host_port(address)
+    except ValueError as error:
+        raise ClusterError(
+            f"scheduler address {address!r} cannot be used ({error}); give it as tcp://HOST:PORT"
+        ) from error
     try:
         return Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as error:

@@ -99,7 +99,7 @@ def fit(
     with (
         single_thread(),  # the coordinator's linear algebra must not depend on its number of cores
         make_executor(bound, data, client, num_workers) as executor,
-        make_reporter(progress, max_passes, callbacks) as report,
+        make_reporter(progress, settings.passes_at_most(data.manifest, max_passes), callbacks) as report,
     ):
         result = settings.fit(executor, chosen, tol=tol, max_passes=max_passes, seed=seed, report=report)
     posterior = Posterior(
@@ -155,7 +155,7 @@ def full_gradient(
     if points.dim() != 2 or points.shape[1] != model.dim:
         raise InputError(f"eta has shape {tuple(points.shape)}; it must be (K, {model.dim}) for {model!r}")
     with make_executor(bind_to(model, data), data, client) as executor:
-        sums = executor.run(Gradient(points.numpy()), check=not data.manifest.finite)
+        sums = executor.run(Gradient(points.numpy()), check=True)
     return torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad)
 
 

@@ -140,7 +140,7 @@ def measure_curvature(
     factor = executor.data.manifest.num_chunks / len(chunks)
 
     def hessian_times(tangents: FloatArray) -> Tensor:
-        sums = executor.run(HessianVector(eta.numpy(), tangents), chunks, label="curvature")
+        sums = executor.run(HessianVector(eta.numpy(), tangents), chunks, check=True, label="curvature")
         return -(factor * torch.from_numpy(sums.products) + prior_products(executor.model.model, prior_eta, tangents))
 
     return curvature_of(hessian_times, eta.shape[1], seed)

@@ -173,8 +173,8 @@ def _first_log_scale(negative_elbo: Objective, model: Model, center: Tensor) -> 
     latents, _ = model.space.constrain(center[None])
     values = {name: z[0].tolist() for name, z in latents.items() if z[0].numel() <= 8}
     raise ModelError(
-        f"the log posterior is not finite around {values}, even within {10.0 ** (1 - NARROWINGS):g} of the sds that its "
-        "curvature gives; rescale the predictors or choose tighter priors"
+        f"the log posterior is not finite around {values}, even within {10.0 ** (1 - NARROWINGS):g} of the sds that "
+        "its curvature gives; rescale the predictors or choose tighter priors"
     )
 
 

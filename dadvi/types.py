@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dadvi.errors import InputError
+
 Batch: TypeAlias = Mapping[str, Tensor]
 """The tensors of one chunk by field name, each of shape (rows, *row shape)."""
 
@@ -34,4 +36,6 @@ class Purpose(IntEnum):
 
 def random_stream(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:
     """Return the generator of (seed, purpose, step): independent streams, never seed arithmetic."""
+    if seed < 0:
+        raise InputError(f"seed={seed}: it must be a whole number, at least 0")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(purpose), step))))

@@ -187,10 +187,15 @@ def test_a_scheduler_that_is_not_there(world, tmp_path, monkeypatch):
     assert "start one with `dask scheduler`" in line
 
 
+class NoClient:
+    def __init__(self, *_arguments: object, **_settings: object) -> None:
+        pytest.fail("a client was made")
+
+
 @pytest.mark.parametrize("address", ["nowhere", "tcp://127.0.0.1", "udp://127.0.0.1:1", "tcp://127.0.0.1:port"])
 def test_what_is_not_an_address(world, tmp_path, monkeypatch, address):
     # A client that never connected would take 20 s to end, and print a traceback as it does: there must be none.
-    monkeypatch.setattr(executors, "Client", partial(pytest.fail, "a client was made"))
+    monkeypatch.setattr(executors, "Client", NoClient)
     line = refused(world, address, tmp_path, monkeypatch)
     assert f"scheduler address '{address}' cannot be used" in line
     assert line.endswith("give it as tcp://HOST:PORT\n")

@@ -65,7 +65,10 @@ def posterior_of(latents, unconstrained=None, family=None, **changes):
 def scalar(support, loc, sd, shape=()):
     """A posterior of one latent whose coordinates are N(loc, sd²)."""
     size = math.prod(shape)
-    q = {name: torch.full((size,), value, dtype=torch.float64) for name, value in (("loc", loc), ("log_scale", math.log(sd)))}
+    q = {
+        name: torch.full((size,), value, dtype=torch.float64)
+        for name, value in (("loc", loc), ("log_scale", math.log(sd)))
+    }
     return posterior_of({"z": (shape, support)}, Gaussian(MeanField(), q))
 
 
@@ -184,7 +187,9 @@ def test_samples_are_a_function_of_the_seed():
 
 
 def test_names_tell_the_latent_of_every_coordinate():
-    posterior = posterior_of({"a": ((), constraints.positive), "b": ((2, 2), constraints.real), "p": ((3,), constraints.simplex)})
+    posterior = posterior_of(
+        {"a": ((), constraints.positive), "b": ((2, 2), constraints.real), "p": ((3,), constraints.simplex)}
+    )
     assert posterior.names == ("a", "b[0, 0]", "b[0, 1]", "b[1, 0]", "b[1, 1]", "p[0]", "p[1]")
     assert len(posterior.names) == posterior.unconstrained.dim
 

@@ -1,4 +1,4 @@
-"""Curvature and certificate: exact where log π is quadratic, and near the truth, found by quadrature, where it is not."""
+"""Curvature and certificate: exact where log π is quadratic, and near the truth, by quadrature, where it is not."""
 
 import numpy as np
 import pytest
@@ -241,8 +241,8 @@ def test_within_asks_for_means_and_for_sds_where_they_are_known():
 
 
 def test_elbo_of_the_certificate_is_the_log_evidence_at_the_posterior(write):
-    # At q = posterior log π − log q is constant. The certificate takes the entropy in closed form, which leaves the noise
-    # of −½ε² over 8 independent pairs: a variance of ½/8 a seed, over 40 seeds.
+    # At q = posterior log π − log q is constant. The certificate takes the entropy in closed form, which leaves the
+    # noise of −½ε² over 8 independent pairs: a variance of ½/8 a seed, over 40 seeds.
     target = targets.normal_normal(num_rows=100)
     executor = executor_of(target.model(), write(target.fields, chunk_rows=16, shard_rows=32))
     loc, sd = (torch.from_numpy(each) for each in target.optimum("full_rank"))

@@ -63,6 +63,11 @@ class FieldSpec:
         body, *modifiers = text.split(":")
         name, equals, columns = body.partition("=")
         wanted = tuple(columns.split(",")) if equals else (name,)
+        if "," in name:
+            raise DataError(
+                f"'{text}' is not a field; separate fields by spaces ('{name.replace(',', ' ')}'), or name what the "
+                f"columns are stacked into (x={name})"
+            )
         if not name or not all(wanted):
             raise DataError(
                 f"'{text}' is not a field; write NAME, NAME=COLUMN or NAME=COLUMN,COLUMN, and then :MODIFIER if wanted"

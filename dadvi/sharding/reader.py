@@ -161,7 +161,10 @@ def open_shards(location: Location, storage_options: Options = None) -> ShardedD
     """
     resolved = resolve(location, storage_options)
     group = _open_group(resolved, storage_options)
-    stored = group.attrs.asdict().get(ATTRIBUTE)
+    attributes = group.attrs.asdict()
+    stored = attributes.get(ATTRIBUTE)
+    if "dadvi_posterior" in attributes:
+        raise DataError(f"{resolved} is a posterior, not a data set; read it with load_posterior or `dadvi summary`")
     manifest = _foreign_manifest(group) if stored is None else _stored_manifest(stored, resolved)
     actual = digest(manifest, {name: array_document(group, name) for name in manifest.fields})
     if isinstance(stored, Mapping) and stored["digest"] != actual:
