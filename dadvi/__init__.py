@@ -3,6 +3,7 @@
 from importlib import metadata
 
 from dadvi.advi import ADVI
+from dadvi.anchored import Anchored
 from dadvi.errors import ClusterError, DadviError, DataError, InputError, ModelError, WorkError
 from dadvi.families import FullRank, LowRank, MeanField
 from dadvi.fit import fit, full_gradient
@@ -16,6 +17,7 @@ __version__ = metadata.version("dadvi")
 
 __all__ = [
     "ADVI",
+    "Anchored",
     "ClusterError",
     "Constrained",
     "DadviError",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,8 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dadvi.advi import ADVI
+from dadvi.anchored import Anchored
 from dadvi.checkpoint import POSTERIOR, is_run
 from dadvi.errors import DadviError, InputError, ModelError
+from dadvi.fit import Method
 from dadvi.fit import fit as run_fit
 from dadvi.model import Model
 from dadvi.posterior import Posterior, load_posterior
@@ -55,6 +57,17 @@ class FamilyName(StrEnum):
     MEAN_FIELD = "mean_field"
     FULL_RANK = "full_rank"
     LOW_RANK = "low_rank"
+
+
+class MethodName(StrEnum):
+    """The methods by name."""
+
+    AUTO = "auto"
+    ANCHORED = "anchored"
+    ADVI = "advi"
+
+
+_ADVI = "Stochastic ADVI (giving one of these chooses it)"
 
 
 class Missing(StrEnum):
@@ -144,20 +157,38 @@ def fit(
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
     max_passes: Annotated[
-        float | None, typer.Option(help="Passes over the data at most. Default: 50, more on small data.")
+        float | None, typer.Option(help="Passes over the data at most. Default: 30; for advi 50, more on small data.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    method: Annotated[
+        MethodName, typer.Option(help="How to fit. auto: anchored, for up to 2000 coordinates, else advi.")
+    ] = MethodName.AUTO,
     batch_rows: Annotated[
-        int | None, typer.Option(help="Rows of a minibatch. Default: a twentieth of the data, at most 65536.")
+        int | None,
+        typer.Option(
+            help="Rows of a minibatch. Default: a twentieth of the data, at most 65536.", rich_help_panel=_ADVI
+        ),
     ] = None,
-    num_draws: Annotated[int, typer.Option(help="Draws of the latents a step.")] = ADVI.num_draws,
-    optimizer: Annotated[str, typer.Option(help="adam, sgd, rmsprop, adagrad, dowg or proximal.")] = "adam",
+    num_draws: Annotated[
+        int | None, typer.Option(help=f"Draws of the latents a step. Default: {ADVI.num_draws}.", rich_help_panel=_ADVI)
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="adam (default), sgd, rmsprop, adagrad, dowg or proximal.", rich_help_panel=_ADVI),
+    ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="In posterior sds a step. Default: the optimizer's.")
+        float | None,
+        typer.Option(help="In posterior sds a step. Default: the optimizer's.", rich_help_panel=_ADVI),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="constant, inverse_sqrt or cosine.")] = ADVI.schedule,
-    averaging: Annotated[str, typer.Option(help="tail, polynomial or none.")] = "tail",
-    estimator: Annotated[str, typer.Option(help="closed_form, stl or monte_carlo.")] = ADVI.estimator,
+    schedule: Annotated[
+        str | None, typer.Option(help="inverse_sqrt (default), constant or cosine.", rich_help_panel=_ADVI)
+    ] = None,
+    averaging: Annotated[
+        str | None, typer.Option(help="tail (default), polynomial or none.", rich_help_panel=_ADVI)
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="closed_form (default), stl or monte_carlo.", rich_help_panel=_ADVI)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
@@ -172,14 +203,15 @@ def fit(
         raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
-    method = ADVI(
+    settings = _method(
+        method,
         batch_rows=batch_rows,
         num_draws=num_draws,
         optimizer=optimizer,
         learning_rate=learning_rate,
         schedule=schedule,
         averaging=averaging,
-        estimator=estimator,  # type: ignore[arg-type]  # ADVI refuses unknown names
+        estimator=estimator,
     )
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
@@ -187,7 +219,7 @@ def fit(
         posterior = run_fit(
             loaded,
             dataset,
-            method=method,
+            method=settings,
             family=family.value,
             client="serial" if serial else scheduler,
             num_workers=None if serial or scheduler else workers or _cores(),
@@ -255,6 +287,17 @@ def summary_json(posterior: Posterior) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _method(name: MethodName, **advi: Any) -> Method | Literal["auto"]:
+    """Return the method of that name; settings of stochastic ADVI that are not None choose it."""
+    given = {setting: value for setting, value in advi.items() if value is not None}
+    if name is MethodName.ADVI or (name is MethodName.AUTO and given):
+        return ADVI(**given)
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise InputError(f"--{option} is a setting of stochastic ADVI and --method is {name}; drop one of them")
+    return Anchored() if name is MethodName.ANCHORED else "auto"
 
 
 def load_model(reference: str, data: ShardedDataset) -> Model:

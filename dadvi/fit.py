@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from distributed import Client
 from torch import Tensor
 
 from dadvi.advi import ADVI
+from dadvi.anchored import Anchored
 from dadvi.checkpoint import RunDirectory
 from dadvi.errors import InputError, ModelError
 from dadvi.executors import make_executor, versions
@@ -19,7 +20,11 @@ from dadvi.model import Model
 from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Coords, Posterior, TraceRow
 from dadvi.progress import make_reporter
+from dadvi.quadratic import DENSE_LIMIT
 from dadvi.sharding import ShardedDataset
+
+Method: TypeAlias = Anchored | ADVI
+"""The settings of a method, which fit by it."""
 
 CHECK_ROWS = 2_048
 """Rows of each of two chunks on which the likelihood is checked before a fit."""
@@ -29,7 +34,7 @@ def fit(
     model: Model,
     data: ShardedDataset,
     *,
-    method: ADVI | Literal["auto"] = "auto",
+    method: Method | Literal["auto"] = "auto",
     family: str | Family = "mean_field",
     client: Client | str | None = None,
     num_workers: int | None = None,
@@ -48,7 +53,8 @@ def fit(
     model, data
         What to fit, and to what.
     method
-        ``"auto"``, or the settings of a method, such as ``ADVI(batch_rows=16_384)``.
+        ``"auto"``: `Anchored` for up to 2 000 unconstrained coordinates, beyond that `ADVI`; or the settings of either,
+        such as ``ADVI(batch_rows=16_384)``.
     family
         ``"mean_field"``, ``"full_rank"``, ``"low_rank"``, or a family object such as ``LowRank(rank=5)``.
     client
@@ -84,14 +90,14 @@ def fit(
         If a setting is out of its range.
 
     """
-    settings, chosen = _method(method), make_family(family)
+    _check_types(model, data)
+    settings, chosen = _method(method, model), make_family(family)
     if not 0 < tol < np.inf:
         raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
     if max_passes is not None and not 0 < max_passes < np.inf:
         raise InputError(f"max_passes={max_passes}: it must be positive and finite")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed={seed!r}: it must be a whole number, at least 0")
-    _check_types(model, data)
     coords = _coords(model, data)
     bound = bind_to(model, data)
     directory = RunDirectory(run_dir, overwrite=overwrite) if run_dir is not None else None
@@ -169,11 +175,13 @@ def bind_to(model: Model, data: ShardedDataset) -> BoundModel:
     return bind(model, {name: values.dtype for name, values in chunks[0][1].items()}, chunks)
 
 
-def _method(method: Any) -> ADVI:
+def _method(method: Any, model: Model) -> Method:
     if method == "auto":
-        return ADVI()
-    if not isinstance(method, ADVI):
-        raise InputError(f"method={method!r}: use 'auto' or the settings of a method, such as dadvi.ADVI()")
+        return Anchored() if model.dim <= DENSE_LIMIT else ADVI()
+    if not isinstance(method, Method):
+        raise InputError(
+            f"method={method!r}: use 'auto', or the settings of a method: dadvi.Anchored() or dadvi.ADVI()"
+        )
     return method
 
 

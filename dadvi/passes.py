@@ -107,6 +107,27 @@ class HessianVector(Pass[HessianSums]):
         return HessianSums(torch.cat(products).numpy())
 
 
+class ExpansionSums(NamedTuple):
+    """Sums of ℓ_i, of its gradient, and of Hessian-vector products."""
+
+    log_lik: FloatArray  # (K,)
+    grad: FloatArray  # (K, D)
+    products: FloatArray  # (T, D)
+
+
+@dataclass(frozen=True)
+class Expansion(Pass[ExpansionSums]):
+    """What a second-order expansion needs, in one read: `Gradient` at points (K, D), `HessianVector` about others."""
+
+    name: ClassVar[str] = "expansion"
+    gradient: Gradient
+    hessian: HessianVector
+
+    def on_chunk(self, model: BoundModel, batch: Batch) -> ExpansionSums:
+        """Return the sums of both for one chunk."""
+        return ExpansionSums(*self.gradient.on_chunk(model, batch), *self.hessian.on_chunk(model, batch))
+
+
 def add(a: Sums, b: Sums) -> Sums:
     """Return the elementwise sum of two results of the same pass."""
     return _like(a, [x + y for x, y in zip(a, b, strict=True)])

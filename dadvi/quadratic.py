@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 import torch
 from torch import Tensor
 
 from dadvi.elbo import draw_noise, log_joint
+from dadvi.errors import InputError
 from dadvi.executors import Executor
-from dadvi.families import FullRank, Gaussian, MeanField
+from dadvi.families import Family, FullRank, Gaussian, LowRank, MeanField
 from dadvi.model import Model
 from dadvi.passes import Gradient, HessianVector
 from dadvi.sharding import Manifest
@@ -80,6 +82,12 @@ class DenseCurvature(Curvature):
     def stddev(self) -> Tensor:
         """Posterior sds √(P⁻¹)_jj (D,) of the quadratic model."""
         return self.root.square().sum(1).sqrt()
+
+    @property
+    def precision(self) -> Tensor:
+        """The matrix P (D, D)."""
+        inverse = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root), dtype=self.root.dtype), upper=False)
+        return inverse.T @ inverse
 
     def root_times(self, v: Tensor) -> Tensor:
         """Return R v (D,)."""
@@ -169,6 +177,42 @@ def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
         for v in torch.from_numpy(tangents)
     ]
     return torch.stack(products)
+
+
+def optimum(family: Family, loc: Tensor, curvature: DenseCurvature) -> Gaussian:
+    """Return the member at `loc` (D,) with the largest ELBO where log π has this curvature.
+
+    Mean field has Σ_jj = 1/P_jj and full rank Σ = P⁻¹. Low rank maximises −½ tr(PΣ) + ½ log|Σ|, by L-BFGS in units of
+    the mean-field sds, from the leading directions of the covariance.
+    """
+    if isinstance(family, MeanField):
+        return Gaussian(family, {"loc": loc, "log_scale": -0.5 * curvature.precision_diagonal.log()})
+    if isinstance(family, FullRank):
+        root = curvature.root
+        return Gaussian(family, {"loc": loc, "log_scale": root.diagonal().log(), "lower": root.tril(-1)})
+    if not isinstance(family, LowRank):
+        raise InputError(f"family {family.name!r} has no optimum by curvature; use mean_field, full_rank or low_rank")
+    unit = curvature.precision_diagonal.rsqrt()
+    root = curvature.root / unit[:, None]  # of the covariance in u = (η − loc)/unit
+    precision = unit[:, None] * curvature.precision * unit
+    values, vectors = torch.linalg.eigh(root @ root.T)
+    leading = (values[-family.rank :] - 1).clamp(min=0.1).sqrt() * vectors[:, -family.rank :]
+    missing = family.rank - leading.shape[1]  # a rank above D leaves columns without use
+    start = torch.cat([torch.zeros(len(loc), 1, dtype=root.dtype), leading, leading.new_zeros(len(loc), missing)], 1)
+
+    def loss(x: FloatArray) -> tuple[float, FloatArray]:
+        table = torch.from_numpy(x.reshape(start.shape).copy()).requires_grad_()
+        log_scale, factor = table[:, 0], table[:, 1:]
+        trace = (precision.diagonal() * (2 * log_scale).exp()).sum() + (factor * (precision @ factor)).sum()
+        q = family.distribution({"loc": torch.zeros_like(loc), "log_scale": log_scale, "factor": factor})
+        value = 0.5 * trace - q.entropy()
+        (grad,) = torch.autograd.grad(value, table)
+        return float(value.detach()), grad.numpy().ravel()
+
+    found = scipy.optimize.minimize(loss, start.numpy().ravel(), jac=True, method="L-BFGS-B", options={"ftol": 1e-12})
+    table = torch.from_numpy(found.x.reshape(start.shape))
+    params = {"loc": torch.zeros_like(loc), "log_scale": table[:, 0], "factor": table[:, 1:]}
+    return Gaussian(family, family.affine(params, loc, unit))
 
 
 @dataclass(frozen=True)

@@ -355,8 +355,8 @@ def test_callbacks_get_these_rows(written):
 
 
 def test_elbo_of_a_step_is_an_unbiased_estimate_of_the_elbo(written):
-    # With rates so small that θ stays where it is, the ELBO of steps averages to that of all the data: over whole epochs
-    # the C/m scaling leaves no noise of sampling.
+    # With rates so small that θ stays where it is, the ELBO of steps averages to that of all the data: over whole
+    # epochs the C/m scaling leaves no noise of sampling.
     target, data = written("normal_normal")
     rows = []
     posterior = run(

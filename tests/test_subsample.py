@@ -40,7 +40,7 @@ def distance(q, mean, precision):
 
 
 def test_warm_start_is_the_optimum_given_the_subsample_alone(write):
-    # Three of the chunks, unscaled, with the whole prior: not the posterior of all the data, nor of S counted N/S times.
+    # Three of the chunks, unscaled, with the whole prior: not the posterior of all the data, nor of S taken N/S times.
     target = targets.linear_regression(num_rows=400)
     data = write(target.fields, chunk_rows=32, shard_rows=64)
     chunks = [1, 5, 12]  # the last is ragged
