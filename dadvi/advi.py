@@ -267,7 +267,7 @@ class _Search:
     def _whitening(self) -> Whitening:
         """Fit the resident subsample, then measure the curvature of the full-data log posterior about its mean."""
         manifest, data = self.executor.data.manifest, self.executor.data
-        num_chunks = min(manifest.num_chunks, max(1, round(self.settings.subsample_rows / manifest.chunk_rows)))
+        num_chunks = sampling.chunks_for(manifest, self.settings.subsample_rows)
         chunks = sampling.subsample(manifest, num_chunks, self.seed)
         self._other_rows = int(manifest.chunk_sizes[chunks].sum())
         subsample = Subsample.load(self.executor.model, data, chunks.tolist())

@@ -162,7 +162,7 @@ class _Rounds:
 
         manifest, dim = executor.data.manifest, self.prior.dim
         rows = settings.subsample_rows or max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * dim)
-        num_chunks = min(manifest.num_chunks, max(1, round(rows / manifest.chunk_rows)))
+        num_chunks = sampling.chunks_for(manifest, rows)
         chunks = sampling.subsample(manifest, num_chunks, seed)
         self._subsample_rows = int(manifest.chunk_sizes[chunks].sum())
         self.factor = manifest.num_chunks / num_chunks
@@ -217,7 +217,7 @@ class _Rounds:
         return _Visit(q, local, self.noise.expectations(self.prior, local, q))
 
     def step(self, here: _Visit) -> _Visit | None:
-        """Move to the local optimum, or less far until the ELBO rises; None when no step raises it or passes run out."""
+        """Move to the local optimum, or less far until the ELBO rises; None when none raises it or passes run out."""
         while self.radius > SHORTEST_RADIUS:
             q = solve(self.prior, here.local, here.q, self.noise, self.radius)
             if q is here.q:

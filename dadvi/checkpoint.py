@@ -40,5 +40,5 @@ class RunDirectory:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether the directory of a run stands at `path`."""
-    return (path / SETTINGS).is_file()
+    """Return whether the directory of a run, and nothing else, stands at `path`."""
+    return path.is_dir() and {entry.name for entry in path.iterdir()} == {POSTERIOR, TRACE, SETTINGS}

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -157,7 +158,10 @@ def fit(
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
     max_passes: Annotated[
-        float | None, typer.Option(help="Passes over the data at most. Default: 30; for advi 50, more on small data.")
+        float | None,
+        typer.Option(
+            help="Passes after which no further round or epoch starts. Default: 30; for advi 50, more on small data."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     method: Annotated[
@@ -399,6 +403,8 @@ def _short_warnings() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
+    # What a batch system sends first: leave as an error does, so that nothing half-written stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with _short_warnings():
             app()

@@ -126,14 +126,17 @@ def draw_noise(design: Design, num_draws: int, dim: int, rng: np.random.Generato
     if design == "antithetic":
         noise = torch.from_numpy(rng.standard_normal((half, dim)))
     else:
-        blocks = [_random_orthogonal(dim, rng) for _ in range(-(-half // dim))]
+        blocks = [_orthonormal_rows(min(dim, half - first), dim, rng) for first in range(0, half, dim)]
         radius = dim**0.5 if fixed else torch.from_numpy(rng.chisquare(dim, size=(half, 1))).sqrt()
-        noise = radius * torch.cat(blocks)[:half]
+        noise = radius * torch.cat(blocks)
     return torch.cat([noise, -noise])
 
 
-def _random_orthogonal(dim: int, rng: np.random.Generator) -> Tensor:
-    """Return a Haar-distributed orthogonal matrix (dim, dim): QR, with R's diagonal made positive (Mezzadri 2007)."""
-    q, r = torch.linalg.qr(torch.from_numpy(rng.standard_normal((dim, dim))))
-    haar: Tensor = q * r.diagonal().sign()
-    return haar
+def _orthonormal_rows(num_rows: int, dim: int, rng: np.random.Generator) -> Tensor:
+    """Return the first rows (num_rows, dim) of a Haar-distributed orthogonal matrix.
+
+    By QR of a normal matrix, with the signs of R's diagonal taken out (Mezzadri 2007).
+    """
+    q, r = torch.linalg.qr(torch.from_numpy(rng.standard_normal((dim, num_rows))))
+    rows: Tensor = (q * r.diagonal().sign()).T
+    return rows

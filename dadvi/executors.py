@@ -16,14 +16,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import torch
-from distributed import Client, Future, KilledWorker, LocalCluster
-from distributed.comm import get_address_host_port
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
+from distributed.comm import CommClosedError, get_address_host_port
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
 from dadvi.passes import Pass, sum_shard, tree_sum
 from dadvi.sharding import ShardedDataset
-from dadvi.sharding.cache import ChunkCache
+from dadvi.sharding.cache import CACHE_BYTES, ChunkCache
 from dadvi.sharding.placement import place
 from dadvi.types import FloatArray
 
@@ -189,6 +189,11 @@ class DaskExecutor(_Base):
             ) from error
         except (InputError, WorkError, OSError) as error:
             raise _labelled(error, label) from error
+        except (CancelledError, CommClosedError) as error:
+            lost = WorkError(
+                f"the scheduler at {self.client.scheduler.address} was lost ({error}); start it and fit again"
+            )
+            raise _labelled(lost, label) from error
         refused = next((result for result in results if isinstance(result, InputError)), None)
         if refused is not None:
             raise _labelled(refused, label) from refused
@@ -246,7 +251,7 @@ class _Context:
 
     def __init__(self, model: BoundModel, data: ShardedDataset) -> None:
         self.model, self.data = model, data
-        self.cache = ChunkCache(data)
+        self.cache = ChunkCache(data, min(CACHE_BYTES, _worker_memory() // 4))
 
     def __reduce__(self) -> tuple[type["_Context"], tuple[BoundModel, ShardedDataset]]:
         return _Context, (self.model, self.data)  # the next worker fills a cache of its own
@@ -264,8 +269,17 @@ def _run_task(
         return error
 
 
+def _worker_memory() -> int:
+    """Return the memory limit of the Dask worker that runs this, in bytes; without one, the largest integer."""
+    try:
+        limit = get_worker().memory_manager.memory_limit
+    except ValueError:  # not on a worker
+        limit = None
+    return int(limit or sys.maxsize)
+
+
 def _labelled(error: Exception, label: str) -> Exception:
-    return type(error)(f"{label}: {error}") if label else error
+    return type(error)(f"{label}: {error}" if label else str(error))
 
 
 def _in_this_process(client: Client) -> bool:
@@ -325,6 +339,9 @@ def make_executor(
         With None for `client`: start that many local workers, whatever the size of the data.
 
     """
+    if num_workers is not None and (client is not None or num_workers < 1):
+        what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
+        raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
     if client == "serial":
         return SerialExecutor(model, data)
     if isinstance(client, Client):

@@ -238,6 +238,12 @@ class Gaussian:
 FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (MeanField, FullRank, LowRank)}
 
 
+def check_known(family: Family) -> None:
+    """Raise InputError for a family of the user's: there would be no way to read back what is saved of it."""
+    if FAMILIES.get(family.name) is not type(family):
+        raise InputError(f"family {family.name!r} is not one of dadvi's ({', '.join(FAMILIES)}), so it cannot be saved")
+
+
 def make_family(family: str | Family) -> Family:
     """Return the family of that name with its default settings, or the family itself.
 

@@ -14,7 +14,7 @@ from dadvi.anchored import Anchored
 from dadvi.checkpoint import RunDirectory
 from dadvi.errors import InputError, ModelError
 from dadvi.executors import make_executor, versions
-from dadvi.families import Family, make_family
+from dadvi.families import Family, check_known, make_family
 from dadvi.likelihood import BoundModel, bind
 from dadvi.model import Model
 from dadvi.passes import Gradient, single_thread
@@ -22,6 +22,7 @@ from dadvi.posterior import Coords, Posterior, TraceRow
 from dadvi.progress import make_reporter
 from dadvi.quadratic import DENSE_LIMIT
 from dadvi.sharding import ShardedDataset
+from dadvi.types import whole_number
 
 Method: TypeAlias = Anchored | ADVI
 """The settings of a method, which fit by it."""
@@ -66,7 +67,8 @@ def fit(
     tol
         Converged means: within `tol` posterior sds of the optimum, by the certificate.
     max_passes
-        Where to stop at the latest, in passes over the data.
+        Passes over the data after which no further round or epoch starts; None for the method's default. The first
+        one, and the certificate after it, are always made.
     seed
         The result is a function of (model, data, settings, seed).
     run_dir
@@ -96,11 +98,13 @@ def fit(
         raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
     if max_passes is not None and not 0 < max_passes < np.inf:
         raise InputError(f"max_passes={max_passes}: it must be positive and finite")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed={seed!r}: it must be a whole number, at least 0")
+    seed = whole_number("seed", seed)
     coords = _coords(model, data)
     bound = bind_to(model, data)
-    directory = RunDirectory(run_dir, overwrite=overwrite) if run_dir is not None else None
+    directory = None
+    if run_dir is not None:
+        check_known(chosen)
+        directory = RunDirectory(run_dir, overwrite=overwrite)
     settings.check(chosen)
     with (
         single_thread(),  # the coordinator's linear algebra must not depend on its number of cores

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import ContinuousBernoulli, Distribution
 
 from dadvi.errors import DataError, InputError, ModelError
 from dadvi.model import Model, over_draws, unvalidated
@@ -142,8 +142,8 @@ class BoundModel:
             nonlocal make
             distribution = self._call(draw, rows)
             make = type(distribution)
-            if distribution.event_shape:  # the parameters of joint distributions are costly to spread over rows
-                raise TypeError(f"{type(distribution).__name__} has an event shape")
+            if not _is_its_parameters(distribution):
+                raise TypeError(f"{type(distribution).__name__} cannot be made again from its parameters")
             given = {
                 name: vars(distribution)[name] for name in distribution.arg_constraints if name in vars(distribution)
             }
@@ -152,6 +152,16 @@ class BoundModel:
         spread = torch.func.vmap(parameters)(latents)
         # Rows first, as products of rows and latents lie in memory: the other way round log_prob would copy them.
         return make(**{name: value.movedim(0, 1) for name, value in spread.items()})
+
+
+def _is_its_parameters(distribution: Distribution) -> bool:
+    """Return whether a distribution is wholly told by its parameters, and these are cheap to hold for every row.
+
+    Not so a subclass of the user's, which may hold anything else, nor joint distributions, with a matrix for each row.
+    """
+    kind = type(distribution)
+    known = kind.__module__.startswith("torch.distributions.") and kind is not ContinuousBernoulli
+    return known and not distribution.event_shape
 
 
 def _refuse(bad: Tensor, values: Tensor, first_row: int, what: str, remedy: str) -> None:

@@ -111,7 +111,12 @@ class Model:
 
 def _check_dims(dims: Mapping[str, tuple[str, ...]], space: LatentSpace) -> None:
     shapes = {site.name: tuple(site.shape) for site in space.sites}
+    taken = {"chain", "draw"} | {field for along in dims.values() for field in along}
+    if clash := sorted(taken & set(shapes)):
+        raise ModelError(f"latent {clash[0]!r} has the name of a dimension of the results; rename it")
     for name, along in dims.items():
+        if len(set(along)) < len(along):
+            raise ModelError(f"dims of {name!r} are {along}; a latent can run along a field once only")
         if name not in shapes:
             raise ModelError(f"dims name {name!r}, which is not a latent ({', '.join(shapes)})")
         if len(along) != len(shapes[name]):

@@ -17,7 +17,7 @@ import zarr
 from torch import Tensor
 
 from dadvi.errors import DataError, InputError
-from dadvi.families import FAMILIES, Family, Gaussian
+from dadvi.families import FAMILIES, Family, Gaussian, check_known
 from dadvi.quadratic import Certificate
 from dadvi.sharding.location import Location, Options, open_store, resolve
 from dadvi.sharding.output import output
@@ -49,7 +49,7 @@ class TraceRow:
     rows_read: int
     seconds: float  # since the run started
     elbo: float  # of the phase: mean over its steps, or on all the data for a certificate
-    rhat: float = math.nan  # largest split R-hat of the iterates
+    rhat: float = math.nan  # RMS of split R-hat of the iterates
     mcse: float = math.nan  # largest Monte Carlo standard error of their average, in posterior sds
     certificate: float = math.nan  # largest predicted distance to the optimum, in posterior sds
 
@@ -120,7 +120,7 @@ class Posterior:
     def summary(self, quantiles: Sequence[float] = (0.05, 0.5, 0.95)) -> pd.DataFrame:
         """Return mean, sd and quantiles of every scalar of every latent.
 
-        For latents transformed element by element they are exact, by Gauss-Hermite quadrature and the transform of
+        For latents transformed element by element they are those of q, by Gauss-Hermite quadrature and the transform of
         the Gaussian's quantiles; for others, such as a simplex, they are those of 20 000 draws.
 
         Raises
@@ -216,8 +216,11 @@ class Posterior:
         ------
         DataError
             If something exists at `location` (unless `overwrite`), or nothing can be written there.
+        InputError
+            If the family is not one of dadvi's: there would be no way to read it back.
 
         """
+        check_known(self.unconstrained.family)
         params = {name: value.detach().numpy() for name, value in self.unconstrained.params.items()}
         document = self._to_json()
         with output(location, overwrite=overwrite, options=storage_options) as target:
@@ -236,10 +239,10 @@ class Posterior:
             "family": self.unconstrained.family.describe(),
             "status": self.status,
             "reason": self.reason,
-            "elbo": self.elbo,
+            "elbo": _finite(self.elbo),
             "passes": self.passes,
-            "certificate": _without_nan(asdict(self.certificate)) if self.certificate else None,
-            "trace": [_without_nan(asdict(row)) for row in self.records],
+            "certificate": _to_plain(asdict(self.certificate)) if self.certificate else None,
+            "trace": [_to_plain(asdict(row)) for row in self.records],
             "coords": {name: [[dim, list(labels)] for dim, labels in dims] for name, dims in self.coords.items()},
             "settings": dict(self.settings),
         }
@@ -292,10 +295,10 @@ def _from_json(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) ->
         unconstrained=Gaussian(family, {name: torch.from_numpy(value) for name, value in params.items()}),
         status=document["status"],
         reason=document["reason"],
-        elbo=document["elbo"],
+        elbo=float(document["elbo"]),
         passes=document["passes"],
-        certificate=Certificate(**_with_nan(certificate)) if certificate else None,
-        records=tuple(TraceRow(**_with_nan(row)) for row in document["trace"]),
+        certificate=Certificate(**_from_plain(certificate)) if certificate else None,
+        records=tuple(TraceRow(**_from_plain(row)) for row in document["trace"]),
         coords={name: tuple((dim, tuple(labels)) for dim, labels in dims) for name, dims in document["coords"].items()},
         settings=document["settings"],
     )
@@ -303,16 +306,20 @@ def _from_json(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) ->
 
 def _digest(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> str:
     """Return the sha256 of the description and of every parameter, name, shape and bits."""
-    digest = sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+    digest = sha256(json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     for name, value in sorted(params.items()):
         digest.update(f"{name}{value.dtype.str}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
 
 
-def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace nan, which JSON lacks, by None."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+def _finite(value: Any) -> Any:
+    """Return a float that JSON lacks, nan or an infinity, as its name; anything else as it is."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in values.items()}
+def _to_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in values.items()}
+
+
+def _from_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in values.items()}

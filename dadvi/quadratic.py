@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dadvi.elbo import draw_noise, log_joint
-from dadvi.errors import InputError
+from dadvi.errors import InputError, ModelError
 from dadvi.executors import Executor
 from dadvi.families import Family, FullRank, Gaussian, LowRank, MeanField
 from dadvi.model import Model
@@ -34,6 +34,7 @@ CURVATURE_WORK = 1e8
 
 DIAGONAL_PROBES = 32
 CERTIFICATE_DRAWS = 16
+TANGENTS_AT_ONCE = 32
 PRIOR_DRAWS = 512
 """Draws for the prior's part of a certificate: they cost no data, and the skewed scales of a hierarchy need them."""
 
@@ -68,6 +69,14 @@ class DenseCurvature(Curvature):
         Eigenvalues are taken after scaling to a unit diagonal, so that the coordinates' units do not matter, and in
         absolute value, so that the step P⁻¹g is uphill also where log π is not concave.
         """
+        if not matrix.isfinite().all():
+            first = int((~matrix.isfinite()).any(1).nonzero()[0, 0])
+            raise ModelError(
+                f"the second derivative of the log posterior is not finite in unconstrained coordinate {first}; the "
+                "prior or the "
+                "likelihood has none where the fit stands: move the start, which is the prior's mean, or smooth the "
+                "model"
+            )
         diagonal = matrix.diagonal().abs()
         unit = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()  # (D,)
         eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2 / unit[:, None] / unit)
@@ -86,8 +95,11 @@ class DenseCurvature(Curvature):
     @property
     def precision(self) -> Tensor:
         """The matrix P (D, D)."""
-        inverse = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root), dtype=self.root.dtype), upper=False)
-        return inverse.T @ inverse
+        inverse = torch.linalg.solve_triangular(
+            self.root, torch.eye(len(self.root), dtype=self.root.dtype), upper=False
+        )
+        precision: Tensor = inverse.T @ inverse
+        return precision
 
     def root_times(self, v: Tensor) -> Tensor:
         """Return R v (D,)."""
@@ -160,7 +172,7 @@ def curvature_chunks(manifest: Manifest, dim: int, seed: int) -> Sequence[int]:
     num_chunks = max(1, int(CURVATURE_WORK / tangents / manifest.chunk_rows))
     if num_chunks >= manifest.num_chunks:
         return range(manifest.num_chunks)
-    return [int(chunk) for chunk in subsample(manifest, num_chunks, seed, step=1)]
+    return [int(chunk) for chunk in subsample(manifest, num_chunks, seed, purpose=Purpose.CURVATURE, step=1)]
 
 
 def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
@@ -170,13 +182,14 @@ def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
     grad = torch.autograd.grad(prior, eta, create_graph=True)[0] if prior.requires_grad else prior
     if not grad.requires_grad:  # constant or linear in η
         return torch.zeros(tangents.shape, dtype=eta.dtype)
-    products = [
-        torch.autograd.grad(grad, eta, v.expand_as(eta), retain_graph=True, allow_unused=True, materialize_grads=True)[
-            0
-        ].mean(0)
-        for v in torch.from_numpy(tangents)
-    ]
-    return torch.stack(products)
+    products = []
+    for part in torch.from_numpy(tangents).split(TANGENTS_AT_ONCE):
+        outputs = part[:, None].expand(-1, *eta.shape)  # (t, K, D): the same tangent at every point
+        (product,) = torch.autograd.grad(
+            grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        products.append(product.mean(1))
+    return torch.cat(products)
 
 
 def optimum(family: Family, loc: Tensor, curvature: DenseCurvature) -> Gaussian:
@@ -247,12 +260,13 @@ def certify(executor: Executor, q: Gaussian, seed: int) -> tuple[Certificate | N
     prior, prior_grad = log_joint(model, prior_eta, nothing, torch.zeros_like(prior_eta))
     grad = torch.from_numpy(sums.grad).mean(0) + prior_grad.mean(0)
     elbo = float(sums.log_lik.mean() + prior.mean() + q.entropy())
+    if q.dim > DENSE_LIMIT:
+        return None, elbo
     pair = eta[[0, CERTIFICATE_DRAWS // 2]]  # one antithetic pair
     curvature = measure_curvature(
         executor, pair, curvature_chunks(executor.data.manifest, q.dim, seed), seed, prior_eta
     )
-    if not isinstance(curvature, DenseCurvature):
-        return None, elbo
+    assert isinstance(curvature, DenseCurvature)  # as D is within the limit
     distance = curvature.solve(grad) / curvature.stddev
     return Certificate(
         float(distance.abs().max()), float(distance.square().mean().sqrt()), _sd_error(q, curvature)

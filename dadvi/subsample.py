@@ -23,7 +23,7 @@ from dadvi.likelihood import BoundModel
 from dadvi.model import Model
 from dadvi.passes import Gradient, HessianVector, Pass, Sums, add, single_thread
 from dadvi.quadratic import curvature_of, prior_products
-from dadvi.sharding import ShardedDataset
+from dadvi.sharding import ShardedDataset, sampling
 from dadvi.types import Batch, FloatArray, Purpose, random_stream
 from dadvi.whitening import Whitening
 
@@ -40,9 +40,6 @@ NARROWINGS = 16
 CUTS = 20
 
 Objective: TypeAlias = Callable[[FloatArray], tuple[float, FloatArray]]
-
-FEWEST_CHUNKS = 8
-"""With fewer chunks in S their variance says too little."""
 
 FALSE_ALARM = 1e-4
 """Probability of a warning about data in random order."""
@@ -195,7 +192,7 @@ def warn_if_ordered(subsample: Subsample, eta: Tensor) -> None:
         if len(next(iter(batch.values()))) > 1:
             parts = ({name: values[first::2] for name, values in batch.items()} for first in (0, 1))
             halves.append([Gradient(eta[None].numpy()).on_chunk(subsample.model, part).grad[0] for part in parts])
-    if len(halves) < FEWEST_CHUNKS:
+    if len(halves) < sampling.FEWEST_CHUNKS:
         return
     even, odd = np.stack(halves, axis=1)  # (C, D) each
     total, difference = even + odd, even - odd

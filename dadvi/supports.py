@@ -269,8 +269,10 @@ class Constrained(Distribution):
     """The density of a distribution, restricted to a support: `Constrained(Normal(0.0, 2.0).expand([2]), ordered)`.
 
     The density is not renormalised: the constant, base's probability of the support, moves neither the posterior nor
-    where the ELBO is largest, only its value. Batch dimensions of `base` that belong to one value of `support`
-    become event dimensions, as in `torch.distributions.Independent`. There is no `sample`.
+    where the ELBO is largest, only its value. That holds while the constant is one: a base that depends on other
+    latents must give the support the same probability whatever they are, as an exchangeable one gives `ordered`, or a
+    centred one the positive half-line. Batch dimensions of `base` that belong to one value of `support` become event
+    dimensions, as in `torch.distributions.Independent`. There is no `sample`.
 
     Parameters
     ----------

@@ -1,5 +1,6 @@
 """The names that every part shares: batches, latents, and the purposes of random streams."""
 
+import operator
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import TypeAlias
@@ -34,8 +35,24 @@ class Purpose(IntEnum):
     FAMILY = 8
 
 
+def whole_number(name: str, value: object) -> int:
+    """Return a whole number of at least 0, such as a seed, as a Python int, NumPy's included.
+
+    Raises
+    ------
+    InputError
+        If the value is anything else.
+
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InputError(f"{name}={value!r}: it must be a whole number, at least 0")
+    return number
+
+
 def random_stream(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:
     """Return the generator of (seed, purpose, step): independent streams, never seed arithmetic."""
-    if seed < 0:
-        raise InputError(f"seed={seed}: it must be a whole number, at least 0")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(purpose), step))))

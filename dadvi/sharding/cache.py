@@ -1,6 +1,7 @@
 """Decoded chunks kept in memory, so that a data set which fits is read once."""
 
 from collections.abc import Iterable
+from threading import Lock
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class ChunkCache:
     def __init__(self, data: ShardedDataset, budget: int = CACHE_BYTES) -> None:
         self.data = data
         self._room = budget
+        self._lock = Lock()
         self._kept: dict[tuple[int, tuple[str, ...]], dict[str, Tensor]] = {}
 
     def read(self, chunk: int, fields: Iterable[str]) -> dict[str, Tensor]:
@@ -30,7 +32,8 @@ class ChunkCache:
             return self._kept[key]
         batch = self.data.read(chunk, key[1])
         size = sum(values.nbytes for values in batch.values())
-        if size <= self._room:
-            self._room -= size
-            self._kept[key] = batch
+        with self._lock:
+            if size <= self._room and key not in self._kept:
+                self._room -= size
+                self._kept[key] = batch
         return batch

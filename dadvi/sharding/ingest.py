@@ -23,6 +23,7 @@ from dadvi.sharding.reader import ShardedDataset, open_shards
 from dadvi.sharding.shuffle import MEMORY_BYTES, Block, RowSpool
 from dadvi.sharding.tables import Sources, Table, open_table
 from dadvi.sharding.writer import check_names, write_blocks
+from dadvi.types import whole_number
 
 Missing = Literal["refuse", "drop"]
 
@@ -81,6 +82,7 @@ def ingest(
     """
     if missing not in ("refuse", "drop"):
         raise DataError(f"missing={missing!r} is not known; use 'refuse' or 'drop'")
+    shuffle = None if shuffle is None else whole_number("shuffle", shuffle)
     layout = Layout(chunk_rows, shard_rows, chunk_bytes, shard_bytes)
     with output(out, overwrite=overwrite, options=storage_options) as target:
         table = open_table(sources)

@@ -113,6 +113,8 @@ class ShardedDataset:
             raise DataError(f"{where}: {error}; restore it or write the data set again") from error
         except OSError as error:
             raise WorkError(f"{where} cannot be read: {error}; check that the store can be reached") from error
+        except MemoryError:
+            raise
         except Exception as error:
             # A codec that meets bytes it did not write may raise anything.
             raise DataError(f"{where} is damaged: {error} Restore it or write the data set again") from error

@@ -10,6 +10,9 @@ from dadvi.errors import InputError
 from dadvi.sharding.manifest import Manifest
 from dadvi.types import IntArray, Purpose, random_stream
 
+FEWEST_CHUNKS = 8
+"""A sample of rows comes from at least so many chunks: from fewer it would say little of how chunks differ."""
+
 
 def epoch_order(manifest: Manifest, seed: int, epoch: int) -> IntArray:
     """Return the order in which an epoch reads the chunks: each chunk once, shards evenly interleaved.
@@ -81,3 +84,8 @@ def subsample(
         )
     chosen = random_stream(seed, purpose, step).choice(manifest.num_chunks, num_chunks, replace=False)
     return np.sort(chosen).astype(np.int64)
+
+
+def chunks_for(manifest: Manifest, rows: int) -> int:
+    """Return how many chunks hold about so many rows: `FEWEST_CHUNKS` at least, as far as there are."""
+    return min(manifest.num_chunks, max(FEWEST_CHUNKS, round(rows / manifest.chunk_rows)))

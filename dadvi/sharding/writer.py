@@ -18,6 +18,7 @@ from dadvi.sharding.output import Output, output
 from dadvi.sharding.reader import ATTRIBUTE, ShardedDataset, array_document, describe_lengths, open_shards
 from dadvi.sharding.shuffle import MEMORY_BYTES, Block, RowSpool
 from dadvi.sharding.sources import aligned, checked, source
+from dadvi.types import whole_number
 
 
 def write_shards(
@@ -68,6 +69,7 @@ def write_shards(
         When a field has an unusable name, dtype, length or value, or the output cannot be written. Nothing is left
         behind.
     """
+    shuffle = None if shuffle is None else whole_number("shuffle", shuffle)
     layout = Layout(chunk_rows, shard_rows, chunk_bytes, shard_bytes)
     check_names(fields)
     if not fields:
@@ -224,4 +226,7 @@ def _checked_categories(
             raise DataError(f"categories are given for field '{name}' of dtype {dtypes[name]}; codes must be integers")
         if not len(each) or len(set(each)) < len(each):
             raise DataError(f"categories of field '{name}' must be at least one and distinct")
-    return {name: tuple(each) for name, each in categories.items()}
+    return {
+        name: tuple(label.item() if isinstance(label, np.generic) else label for label in each)
+        for name, each in categories.items()
+    }
