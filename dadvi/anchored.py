@@ -108,7 +108,8 @@ class Anchored:
         dim = executor.model.model.dim
         if dim > DENSE_LIMIT:
             raise InputError(f"the model has {dim} coordinates, and Anchored() takes {DENSE_LIMIT} at most; use ADVI()")
-        run = _Rounds(self, executor, family, self.passes_at_most(executor.data.manifest, max_passes), seed, report)
+        passes = self.passes_at_most(executor.data.manifest, max_passes)
+        run = _Rounds(self, executor, family, tol, passes, seed, report)
         here = run.visit(run.start())
         if not math.isfinite(here.seen.elbo):
             return run.fitted(here, "diverged", "the log posterior is not finite at the first anchor", None)
@@ -142,17 +143,13 @@ class _Rounds:
         settings: Anchored,
         executor: Executor,
         family: Family,
+        tol: float,
         max_passes: float,
         seed: int,
         report: Callable[[TraceRow], None],
     ) -> None:
-        self.executor, self.family, self.max_passes, self.seed, self._report = (
-            executor,
-            family,
-            max_passes,
-            seed,
-            report,
-        )
+        self.executor, self.family, self.tol, self.max_passes = executor, family, tol, max_passes
+        self.seed, self._report = seed, report
         self.prior = executor.model.model
         self.radius = math.inf  # posterior sds
         self.visits = 0
@@ -219,7 +216,7 @@ class _Rounds:
     def step(self, here: _Visit) -> _Visit | None:
         """Move to the local optimum, or less far until the ELBO rises; None when none raises it or passes run out."""
         while self.radius > SHORTEST_RADIUS:
-            q = solve(self.prior, here.local, here.q, self.noise, self.radius)
+            q = solve(self.prior, here.local, here.q, self.noise, self.tol, self.radius)
             if q is here.q:
                 return None
             length = float(((q.loc - here.q.loc) / here.seen.curvature.stddev).abs().max())

@@ -407,7 +407,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with _short_warnings():
-            app()
+            app(prog_name="dadvi")
     except InputError as error:
         code, text = ExitCode.BAD_INPUT, str(error)
     except (DadviError, OSError) as error:

@@ -27,8 +27,8 @@ from dadvi.quadratic import Certificate, DenseCurvature, optimum, prior_products
 from dadvi.subsample import Subsample
 from dadvi.types import FloatArray
 
-SOLVED = 3e-3
-"""The search ends when its next step is shorter than this, in posterior sds, and changes sds by a smaller fraction."""
+SOLVED = 1 / 30
+"""The search goes on to this fraction of the tolerance: its next step, in posterior sds, and its change of the sds."""
 
 SEARCH_STEPS = 30
 SHORTEST_FRACTION = 1e-4
@@ -170,8 +170,8 @@ class Noise:
         return Expectations(float(log_lik.mean() + log_prior.detach() + q.entropy()), grad, curvature)
 
 
-def solve(prior: Model, local: LocalModel, q: Gaussian, noise: Noise, radius: float = math.inf) -> Gaussian:
-    """Move q to the fixed point of a local model, at most about `radius` posterior sds away.
+def solve(prior: Model, local: LocalModel, q: Gaussian, noise: Noise, tol: float, radius: float = math.inf) -> Gaussian:
+    """Move q to the fixed point of a local model, to a fraction of `tol`, at most about `radius` posterior sds away.
 
     E_q[∇ log π] = 0 and Σ⁻¹ = −E_q[∇² log π] (its diagonal for mean field), by natural-gradient steps with a line
     search on the ELBO: μ ← μ + t P⁻¹ E_q[∇ log π], Σ⁻¹ ← P (Khan & Rue 2023, "The Bayesian learning rule", section
@@ -183,9 +183,9 @@ def solve(prior: Model, local: LocalModel, q: Gaussian, noise: Noise, radius: fl
         step = seen.curvature.solve(seen.grad)
         length = float((step / seen.curvature.stddev).abs().max())
         change = float((optimum(q.family, q.loc, seen.curvature).stddev / q.stddev - 1).abs().max())
-        if (length < SOLVED and change < SOLVED) or room <= 0:
+        if max(length, change) < SOLVED * tol or room <= 0:
             break
-        fraction = min(1.0, room / max(length, SOLVED))
+        fraction = min(1.0, room / length) if length > 0 else 1.0
         while True:
             candidate = optimum(q.family, q.loc + fraction * step, _mixed(q, seen.curvature, fraction))
             if noise.elbo(prior, local, candidate) >= seen.elbo - 1e-9 * abs(seen.elbo):

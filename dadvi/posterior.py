@@ -43,8 +43,8 @@ SUMMARY_DRAWS = 20_000
 class TraceRow:
     """One line of a run's trace."""
 
-    phase: str  # what the row tells of: "epochs", "certificate"
-    step: int  # stochastic steps so far
+    phase: str  # what the row tells of: "round" or "rejected" (anchored), "step", "epochs" or "certificate" (ADVI)
+    step: int  # steps or rounds so far
     passes: float  # rows read so far, over N
     rows_read: int
     seconds: float  # since the run started

@@ -16,6 +16,9 @@ from dadvi.posterior import TraceRow
 LINE_SECONDS = 5.0
 """In a log, a line at most this often, and one for every certificate."""
 
+WITH_CERTIFICATE = ("round", "certificate")
+"""Phases that end with a certificate."""
+
 Reporter = Callable[[TraceRow], None]
 
 
@@ -77,8 +80,10 @@ class Meter:
         if self._max_passes is not None and rate > 0:
             rows_left = max(0.0, self._max_passes - row.passes) * row.rows_read / row.passes
             parts.append(f"{timedelta(seconds=round(rows_left / rate))} left at most")
-        if row.phase == "certificate":
-            known = row.certificate == row.certificate
+        if row.phase == "rejected":
+            parts.append("step rejected")
+        elif row.phase in WITH_CERTIFICATE:
+            known = not math.isnan(row.certificate)
             parts.append(f"certificate {row.certificate:.3g} sd" if known else "certificate unknown")
         return "  ".join(parts)
 
@@ -100,7 +105,7 @@ class _Lines:
     def __call__(self, row: TraceRow) -> None:
         text = self._meter.describe(row)
         now = time.monotonic()
-        if row.phase == "certificate" or now - self._last >= LINE_SECONDS:
+        if row.phase in WITH_CERTIFICATE or now - self._last >= LINE_SECONDS:
             self._last = now
             sys.stderr.write(f"{row.seconds:7.1f} s  {text}\n")
             sys.stderr.flush()

@@ -95,7 +95,7 @@ def test_ingest_fit_and_summary_as_a_script_runs_them(world, tmp_path):
 
 def test_a_fit_starts_its_own_workers(world, tmp_path):
     """Without a scheduler worker processes are started, to which the model file travels: same bits as without them."""
-    options = ["--max-passes", "4", "--seed", "7", "--quiet"]
+    options = ["--method", "advi", "--max-passes", "4", "--seed", "7", "--quiet"]
     ran = dadvi_process(
         *["fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--workers", "1", *options],
         cwd=tmp_path,
@@ -162,7 +162,7 @@ def on_a_terminal(arguments: list[str], cwd: Path) -> tuple[str, int, str]:
 def test_an_interrupted_fit_leaves_nothing(world, tmp_path):
     arguments = command(
         *["fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--serial"],
-        *["--tol", "1e-9", "--max-passes", "100000"],
+        *["--method", "advi", "--tol", "1e-9", "--max-passes", "100000"],
     )
     with subprocess.Popen(
         arguments, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -187,7 +187,7 @@ def test_the_run_directory_holds_posterior_trace_and_settings(world):
     assert settings == posterior.settings
     assert settings["seed"] == 0
     assert settings["family"] == {"name": "mean_field"}
-    assert settings["method"]["optimizer"] == "adam"
+    assert settings["method"] == {"name": "Anchored", "subsample_rows": None, "num_draws": 4, "curvature": "auto"}
     assert settings["data"]["location"] == str(world / "data.zarr")
     trace = [json.loads(line) for line in (run / "trace.jsonl").read_text().splitlines()]
     assert len(trace) == len(posterior.trace)
@@ -228,7 +228,7 @@ def test_a_summary_in_a_file_breaks_no_label(tmp_path, world):
 
 
 def test_max_passes_stops_with_code_3_and_keeps_the_result(world, tmp_path):
-    ran = fit(world, tmp_path / "run", "--max-passes", 3, "--tol", 1e-6)
+    ran = fit(world, tmp_path / "run", "--method", "advi", "--max-passes", 3, "--tol", 1e-6)
     assert (ran.code, ran.out) == (STOPPED, f"{tmp_path / 'run' / 'posterior.zarr'}\n")
     assert ran.err.splitlines()[-1].startswith(
         "stopped: max_passes=3 reached, before its average settled; means within "

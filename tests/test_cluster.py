@@ -21,7 +21,7 @@ from command import command, dadvi, environment, listing, write_data
 from dadvi import executors
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
-SETTINGS = ["--max-passes", "12", "--tol", "1e-6", "--seed", "3"]  # stops, after some 120 steps
+SETTINGS = ["--method", "advi", "--max-passes", "12", "--tol", "1e-6", "--seed", "3"]  # stops, after some 120 steps
 START_SECONDS = 60.0
 
 
