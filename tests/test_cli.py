@@ -75,7 +75,7 @@ def test_ingest_fit_and_summary_as_a_script_runs_them(world, tmp_path):
     ran = dadvi_process("fit", "model.py:build", "data.zarr", "--out", "run", "--serial", cwd=tmp_path, **colours)
     assert (ran.code, ran.out) == (CONVERGED, "run/posterior.zarr\n")
     *lines, end = ran.err.splitlines()
-    assert len(lines) >= 2
+    assert lines
     for line in lines:
         assert re.fullmatch(LINE + r"(  certificate [\d.e-]+ sd)?", line), line
     assert "certificate" in lines[-1]
@@ -192,7 +192,7 @@ def test_the_run_directory_holds_posterior_trace_and_settings(world):
     trace = [json.loads(line) for line in (run / "trace.jsonl").read_text().splitlines()]
     assert len(trace) == len(posterior.trace)
     assert [row["phase"] for row in trace] == list(posterior.trace["phase"])
-    assert trace[-1]["phase"] == "certificate"
+    assert trace[-1]["phase"] == "round"
     assert trace[-1]["elbo"] == pytest.approx(posterior.elbo)
 
 
