@@ -118,6 +118,9 @@ class Anchored:
             run.record(here, certificate)
             if certificate.within(tol):
                 return run.fitted(here, "converged", f"the certificate is within tol={tol:g}", certificate)
+            if here.seen.curvature.flat:
+                reason = "the log posterior is flat in some direction, so it has no optimum; give proper priors"
+                return run.fitted(here, "stopped", reason, certificate)
             if run.exhausted:
                 return run.fitted(here, "stopped", f"max_passes={run.max_passes:g} reached", certificate)
             there = run.step(here)

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import IntEnum, StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.text import Text
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.checkpoint import POSTERIOR, is_run
+from dadvi.checkpoint import POSTERIOR
 from dadvi.errors import DadviError, InputError, ModelError
 from dadvi.fit import Method
 from dadvi.fit import fit as run_fit
@@ -135,7 +136,8 @@ def ingest(
         compression=compression,
         overwrite=overwrite,
     )
-    _say(repr(data))
+    dropped = data.manifest.made["rows_dropped"]
+    _say(f"{data!r}; {dropped} of {data.num_rows + dropped} rows dropped for missing values" if dropped else repr(data))
     typer.echo(str(data.location))
 
 
@@ -253,7 +255,7 @@ def summary(
     """Print mean, sd and quantiles of every latent."""
     if not run.exists():
         raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
-    posterior = load_posterior(run / POSTERIOR if is_run(run) else run)
+    posterior = load_posterior(run / POSTERIOR if (run / POSTERIOR).exists() else run)
     if as_json:
         typer.echo(summary_json(posterior))
         return
@@ -266,6 +268,7 @@ def summary(
     for label, row in table.iterrows():
         shown.add_row(Text(str(label)), *(f"{value:.4g}" for value in row))
     console.print(shown)
+    _say(repr(posterior))
 
 
 def summary_json(posterior: Posterior) -> str:
@@ -280,7 +283,10 @@ def summary_json(posterior: Posterior) -> str:
             "passes": posterior.passes,
             "certificate": None
             if certificate is None
-            else {"max": _finite(certificate.max), "rms": _finite(certificate.rms)},
+            else {name: _finite(value) for name, value in asdict(certificate).items()},
+            "family": posterior.unconstrained.family.name,
+            "tol": posterior.settings.get("tol"),
+            "num_rows": posterior.settings.get("data", {}).get("num_rows"),
             "latents": {
                 latent: {str(name): _finite(value) for name, value in row.items()} for latent, row in latents.items()
             },

@@ -225,7 +225,9 @@ class DaskExecutor(_Base):
         now = time.monotonic()
         if now < self._placed_at + PLACEMENT_SECONDS:
             return
-        workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
+        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
+        identity = self.client.sync(self.client.scheduler.identity, n_workers=-1)
+        workers = sorted(identity["workers"])
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
         self._placed_at = now

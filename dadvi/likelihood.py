@@ -199,6 +199,7 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
         bound.check_observed(batch, first_row)
         _check_finite_start(bound, batch, first_row)
     _check_additive(bound, [batch for _, batch in chunks])
+    _check_gradient(bound, chunks[0][1])
     return replace(bound, strategy=_fastest_strategy(bound, chunks[0][1]))
 
 
@@ -302,7 +303,13 @@ def _check_additive(bound: BoundModel, batches: Sequence[Batch]) -> None:
         return
     exact = replace(bound, dtype=torch.float64)
     latents, _ = bound.model.space.constrain(_start_and_nearby(bound.model))
-    together = exact.log_lik_rows(latents, rows)
+    try:
+        together = exact.log_lik_rows(latents, rows)
+    except Exception as error:
+        raise ModelError(
+            f"the likelihood works in {bound.dtype} and fails in float64, in which fits start: {type(error).__name__}: "
+            f"{error}. Give tensors that it makes or closes over the dtype of its arguments, as by x.to(beta.dtype)"
+        ) from error
     half = num_rows // 2
     parts = [{name: value[part] for name, value in rows.items()} for part in (slice(half), slice(half, None))]
     apart = torch.cat([exact.log_lik_rows(latents, part) for part in parts], dim=1)
@@ -315,6 +322,25 @@ def _check_additive(bound: BoundModel, batches: Sequence[Batch]) -> None:
             "itself: compute "
             f"means, standardisations and ranks when the data are written"
         )
+
+
+def _check_gradient(bound: BoundModel, batch: Batch) -> None:
+    """Refuse a latent that moves the log-likelihood but gets no gradient, as after .item(), .detach() or NumPy."""
+    space = bound.model.space
+    eta = _start_and_nearby(bound.model)[1:]
+    value, grad = _value_and_grad(bound.log_lik, eta, batch)
+    for site in space.sites:
+        block = slice(site.offset, site.offset + site.size)
+        if site.name not in bound.latents or grad[0, block].any():
+            continue
+        moved = eta.clone()
+        moved[0, block] += 0.5
+        if bound.log_lik(moved, batch).detach() != value:
+            raise ModelError(
+                f"latent {site.name!r} changes the log-likelihood but no gradient reaches it; keep the likelihood in "
+                "torch, "
+                "without .item(), .detach(), .numpy() or NumPy functions of latents"
+            )
 
 
 def _concatenate(batches: Iterable[Batch]) -> dict[str, Tensor]:

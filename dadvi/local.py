@@ -133,13 +133,8 @@ class Expectations:
 
     def certificate(self, q: Gaussian) -> Certificate:
         """Return the predicted distance of q to the ELBO's optimum."""
-        distance = self.curvature.solve(self.grad) / self.curvature.stddev
         best = optimum(q.family, q.loc, self.curvature)
-        return Certificate(
-            max=float(distance.abs().max()),
-            rms=float(distance.square().mean().sqrt()),
-            sd_error=float((q.stddev / best.stddev - 1).abs().max()),
-        )
+        return Certificate.at(self.grad, self.curvature, float((q.stddev / best.stddev - 1).abs().max()))
 
 
 @dataclass(frozen=True, eq=False)

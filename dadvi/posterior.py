@@ -100,6 +100,13 @@ class Posterior:
             label for site in self.space.sites for label in (self._labels(site) if site.elementwise else site.labels)
         )
 
+    def __repr__(self) -> str:
+        how = f"{self.status}, {self.passes:.1f} passes"
+        if self.certificate is not None:
+            how += f", means within {self.certificate.max:.2g} sd of the optimum"
+        latents = ", ".join(f"{site.name}{list(site.shape)}" for site in self.space.sites)
+        return f"<Posterior {self.unconstrained.family.name} of {latents}: {how}>"
+
     def sample(self, num_draws: int, seed: int = 0) -> dict[str, Tensor]:
         """Return independent draws of the latents, name to (num_draws, *shape), float64.
 

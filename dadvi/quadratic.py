@@ -7,6 +7,7 @@ predicts the distance to the optimum from the full-data gradient: δ = P⁻¹ E_
 certificate.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ TANGENTS_AT_ONCE = 32
 PRIOR_DRAWS = 512
 """Draws for the prior's part of a certificate: they cost no data, and the skewed scales of a hierarchy need them."""
 
+FLAT = 1e-11
+"""Eigenvalues, at a unit diagonal, below this fraction of the largest make a direction flat: far below what collinear
+predictors give (1e-5 for a correlation of 0.99999), and above float64's noise."""
+
 _SMALLEST = 1e-12  # eigenvalues below this fraction of the largest are noise in float64
 
 
@@ -61,6 +66,7 @@ class DenseCurvature(Curvature):
 
     precision_diagonal: Tensor  # (D,)
     root: Tensor  # R (D, D), lower triangular with a positive diagonal
+    flat: bool = False  # whether log π hardly bends in some direction: there is no distance to an optimum then
 
     @classmethod
     def of(cls, matrix: Tensor) -> "DenseCurvature":
@@ -81,11 +87,12 @@ class DenseCurvature(Curvature):
         unit = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()  # (D,)
         eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2 / unit[:, None] / unit)
         eigenvalues = eigenvalues.abs()
+        flat = bool(eigenvalues.min() <= FLAT * eigenvalues.max())
         eigenvalues = eigenvalues.clamp(min=_SMALLEST * float(eigenvalues.max().clamp(min=_SMALLEST)))
         # V Λ^-½ is a root of P⁻¹, and so is the triangular factor of its QR decomposition, without squaring Λ's range.
         upper = torch.linalg.qr((vectors * eigenvalues.rsqrt()).T, mode="r").R
         root = upper.T * upper.diagonal().sign() / unit[:, None]
-        return cls(precision_diagonal=(vectors.square() @ eigenvalues) * unit.square(), root=root)
+        return cls((vectors.square() @ eigenvalues) * unit.square(), root, flat)
 
     @property
     def stddev(self) -> Tensor:
@@ -241,6 +248,14 @@ class Certificate:
     rms: float
     sd_error: float
 
+    @classmethod
+    def at(cls, grad: Tensor, curvature: DenseCurvature, sd_error: float) -> "Certificate":
+        """Return the certificate of a gradient E_q[∇ log π] (D,): infinite where log π is flat in some direction."""
+        if curvature.flat:
+            return cls(math.inf, math.inf, sd_error)
+        distance = curvature.solve(grad) / curvature.stddev
+        return cls(float(distance.abs().max()), float(distance.square().mean().sqrt()), sd_error)
+
     def within(self, tol: float) -> bool:
         """Tell whether means are within `tol` posterior sds, and sds, where that is known, within a fraction `tol`."""
         return self.max <= tol and not self.sd_error > tol
@@ -267,10 +282,7 @@ def certify(executor: Executor, q: Gaussian, seed: int) -> tuple[Certificate | N
         executor, pair, curvature_chunks(executor.data.manifest, q.dim, seed), seed, prior_eta
     )
     assert isinstance(curvature, DenseCurvature)  # as D is within the limit
-    distance = curvature.solve(grad) / curvature.stddev
-    return Certificate(
-        float(distance.abs().max()), float(distance.square().mean().sqrt()), _sd_error(q, curvature)
-    ), elbo
+    return Certificate.at(grad, curvature, _sd_error(q, curvature)), elbo
 
 
 def _sd_error(q: Gaussian, curvature: DenseCurvature) -> float:
