@@ -409,3 +409,42 @@ def test_supports_with_bounds_from_the_latents():
     # Uniform(-s, s) with s about 0.8 at the start: rows beyond have density 0 there
     model = dadvi.Model({"s": HalfNormal(1.0)}, lambda s: Uniform(-s, s), "real")
     refused(model, "outside the support of Uniform", batch=BATCH, error=DataError)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        lambda b, s, x: Normal(x @ b.detach(), s),
+        lambda b, s, x: Normal(x @ torch.tensor(b.tolist(), dtype=x.dtype), s),
+    ],
+    ids=["detach", "tolist"],
+)
+def test_a_latent_that_no_gradient_reaches_is_refused(likelihood):
+    prior = {**B, "s": HalfNormal(1.0)}
+    refused(dadvi.Model(prior, likelihood, "real"), "latent 'b' changes the log-likelihood but no gradient reaches it")
+
+
+def test_tensors_of_a_dtype_of_their_own_are_refused():
+    """Passes over float32 rows would work, and the solve on the subsample, in float64, would not."""
+    mix = torch.eye(3)
+    model = dadvi.Model(B, lambda b, x: Normal(x @ (mix @ b), 1.0), "real")
+    batch = {**BATCH, "x": BATCH["x"].float(), "real": BATCH["real"].float()}
+    refused(model, "fails in float64", "x.to(beta.dtype)", batch=batch)
+
+
+def test_a_distribution_of_the_users_is_never_made_again_from_its_parameters():
+    """What else it holds would be lost: here, a floor that only rows elsewhere in the data reach."""
+
+    class Floored(Normal):
+        def __init__(self, loc, scale, floor=-1e9, validate_args=None):
+            super().__init__(loc, scale, validate_args=validate_args)
+            self.floor = floor
+
+        def log_prob(self, value):
+            return super().log_prob(value).clamp(min=self.floor)
+
+    model = dadvi.Model(B, lambda b, x: Floored(x @ b, 1.0, floor=-5.0), "real")
+    bound = bind(model, {name: values.dtype for name, values in BATCH.items()}, [(0, BATCH)])
+    assert bound.strategy != "parameters"
+    far = {**BATCH, "real": BATCH["real"] + 100}
+    assert bound.log_lik(model.start[None], far).item() == pytest.approx(-5.0 * ROWS)

@@ -1,5 +1,7 @@
 """The warm start: the mean-field optimum given the subsample alone, found from any start and in any units."""
 
+import warnings
+
 import numpy as np
 import pytest
 import targets
@@ -8,7 +10,7 @@ import zarr
 from torch.distributions import HalfNormal, Normal, Poisson, constraints
 
 import dadvi
-from dadvi.errors import DataError, ModelError
+from dadvi.errors import DataError, ModelError, ShuffleWarning
 from dadvi.fit import bind_to
 from dadvi.passes import LogLik
 from dadvi.subsample import Subsample, warm_start
@@ -216,3 +218,23 @@ def test_same_seed_same_bits(write):
     assert torch.equal(first.loc, again.loc)
     assert torch.equal(first.stddev, again.stddev)
     assert not torch.equal(first.stddev, other.stddev)
+
+
+def test_data_in_order_are_told_of_and_data_in_random_order_are_not(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20_000, 2))
+    y = x @ [0.5, -0.5] + rng.standard_normal(20_000)
+    model = dadvi.Model({"b": Normal(torch.zeros(2), 1.0)}, lambda b, x: Normal(x @ b, 1.0), "y")
+    order = np.argsort(y)
+    for name, rows, shuffle, warns in (
+        ("random", slice(None), None, 0),
+        ("sorted", order, None, 1),
+        ("again", order, 0, 0),
+    ):
+        data = dadvi.write_shards(tmp_path / f"{name}.zarr", {"x": x[rows], "y": y[rows]}, shuffle=shuffle)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dadvi.fit(model, data, client="serial", method=dadvi.Anchored(subsample_rows=3_000))
+        told = [str(each.message) for each in caught if each.category is ShuffleWarning]
+        assert len(told) == warns, (name, told)
+        assert all("chunks differ by more than" in text and "shuffle=0" in text for text in told)
