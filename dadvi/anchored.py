@@ -20,7 +20,7 @@ from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family, Gaussian, MeanField
-from dadvi.local import Expectations, LocalModel, Noise, Surrogate, Taylor, solve
+from dadvi.local import NEGLIGIBLE_NATS, Expectations, LocalModel, Noise, Surrogate, Taylor, solve
 from dadvi.passes import HessianVector
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.quadratic import DENSE_LIMIT, PRIOR_DRAWS, Certificate, DenseCurvature, optimum
@@ -40,6 +40,9 @@ POORLY_SEEN = 0.15
 SLICES = 16
 """Parts of the subsample whose curvatures are compared to estimate that noise."""
 
+FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK = 4, 64, 8e6
+"""Draws of q, and the product of draws, coordinates and rows of the subsample that bounds them, unless told."""
+
 ELBO_NOISE = 1e-7
 """Relative error of an ELBO from float32 rows: a smaller fall is no fall."""
 
@@ -55,7 +58,8 @@ class Anchored:
     subsample_rows
         Rows of the resident subsample, rounded to whole chunks; None for 20 000, or 200 for each coordinate if more.
     num_draws
-        K, draws of q at which expectations of the likelihood are taken.
+        K, draws of q at which expectations of the likelihood are taken; None for as many, from 4 to 64, as keep
+        K times coordinates times rows of the subsample within 8 million: small data have wide, skewed posteriors.
     curvature
         Where the curvature comes from: ``"subsample"`` (a `Surrogate`, one point a pass), ``"data"`` (a `Taylor`
         model, D tangents a pass), or ``"auto"``: the subsample if it sees every latent well enough.
@@ -68,13 +72,14 @@ class Anchored:
     """
 
     subsample_rows: int | None = None
-    num_draws: int = 4
+    num_draws: int | None = None
     curvature: CurvatureFrom = "auto"
 
     def __post_init__(self) -> None:
         if self.subsample_rows is not None and self.subsample_rows < 1:
             raise InputError(f"subsample_rows={self.subsample_rows}: at least 1 row is needed")
-        draw_noise("antithetic", self.num_draws, 1, np.random.default_rng(0))  # refuses an odd number
+        if self.num_draws is not None:
+            draw_noise("antithetic", self.num_draws, 1, np.random.default_rng(0))  # refuses an odd number
         if self.curvature not in get_args(CurvatureFrom):
             known = ", ".join(map(repr, get_args(CurvatureFrom)))
             raise InputError(f"unknown curvature {self.curvature!r}: use one of {known}")
@@ -168,9 +173,11 @@ class _Rounds:
         self.factor = manifest.num_chunks / num_chunks
         self.subsample = Subsample.load(executor.model, executor.data, chunks.tolist())
 
+        affordable = 2 * int(DRAWS_WORK / (2 * dim * self._subsample_rows))
+        num_draws = settings.num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
         rng = random_stream(seed, Purpose.DRAWS)
-        self.noise = _draws(settings.num_draws, family.noise_dim(dim), rng)
-        self._start_noise = self.noise if family.noise_dim(dim) == dim else _draws(settings.num_draws, dim, rng)
+        self.noise = _draws(num_draws, family.noise_dim(dim), rng)
+        self._start_noise = self.noise if family.noise_dim(dim) == dim else _draws(num_draws, dim, rng)
 
     def start(self) -> Gaussian:
         """Fit the subsample, and narrow the result to what all the data will say."""
@@ -224,7 +231,7 @@ class _Rounds:
                 return None
             length = float(((q.loc - here.q.loc) / here.seen.curvature.stddev).abs().max())
             there = self.visit(q)
-            slack = ELBO_NOISE * abs(here.seen.elbo)
+            slack = NEGLIGIBLE_NATS + ELBO_NOISE * abs(here.seen.elbo)
             if there.seen.elbo >= here.seen.elbo - slack:  # False for nan
                 self.radius = max(self.radius, 4 * length)
                 return there
@@ -266,5 +273,5 @@ class _Rounds:
 def _draws(num_draws: int, dim: int, rng: np.random.Generator) -> Noise:
     return Noise(
         likelihood=draw_noise("orthogonal", num_draws, dim, rng, fixed=True),
-        prior=draw_noise("antithetic", PRIOR_DRAWS, dim, rng),
+        prior=draw_noise("orthogonal", PRIOR_DRAWS, dim, rng, fixed=True),
     )

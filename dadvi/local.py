@@ -30,6 +30,9 @@ from dadvi.types import FloatArray
 SOLVED = 1 / 30
 """The search goes on to this fraction of the tolerance: its next step, in posterior sds, and its change of the sds."""
 
+NEGLIGIBLE_NATS = 0.01
+"""An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
+
 SEARCH_STEPS = 30
 SHORTEST_FRACTION = 1e-4
 """Of a step that does not raise the ELBO: below it, there is nothing to be gained in its direction."""
@@ -183,7 +186,7 @@ def solve(prior: Model, local: LocalModel, q: Gaussian, noise: Noise, tol: float
         fraction = min(1.0, room / length) if length > 0 else 1.0
         while True:
             candidate = optimum(q.family, q.loc + fraction * step, _mixed(q, seen.curvature, fraction))
-            if noise.elbo(prior, local, candidate) >= seen.elbo - 1e-9 * abs(seen.elbo):
+            if noise.elbo(prior, local, candidate) >= seen.elbo - NEGLIGIBLE_NATS:
                 break
             fraction /= 2
             if fraction < SHORTEST_FRACTION:

@@ -189,7 +189,7 @@ def test_the_run_directory_holds_posterior_trace_and_settings(world):
     assert settings == posterior.settings
     assert settings["seed"] == 0
     assert settings["family"] == {"name": "mean_field"}
-    assert settings["method"] == {"name": "Anchored", "subsample_rows": None, "num_draws": 4, "curvature": "auto"}
+    assert settings["method"] == {"name": "Anchored", "subsample_rows": None, "num_draws": None, "curvature": "auto"}
     assert settings["data"]["location"] == str(world / "data.zarr")
     trace = [json.loads(line) for line in (run / "trace.jsonl").read_text().splitlines()]
     assert len(trace) == len(posterior.trace)

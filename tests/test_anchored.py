@@ -1,0 +1,482 @@
+"""The anchored solver: at the ELBO's optimum in a few passes, certified honestly, and never worse for a bad step."""
+
+import importlib
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import targets
+import torch
+from torch.distributions import Bernoulli, HalfNormal, Normal
+
+import dadvi
+from dadvi import anchored
+from dadvi.errors import InputError, ShuffleWarning
+from dadvi.families import Gaussian
+from dadvi.sharding import sampling
+
+fit_module = importlib.import_module("dadvi.fit")  # dadvi.fit is the function
+
+TOL = 0.02
+ROWS, SEEN = 2_000, 800
+S_NOISE = 4 * 0.5 * math.sqrt(2 / SEEN * (1 - SEEN / ROWS))
+"""Four standard errors of an sd, as a fraction, whose curvature is a sum over SEEN of ROWS rows."""
+
+PRIOR_SD = 2.5
+
+
+def errors(posterior, loc, sd, marginal):
+    """Return the largest error of a mean, in marginal posterior sds, and of an sd, as a fraction."""
+    q = posterior.unconstrained
+    return np.abs((q.loc.numpy() - loc) / marginal).max(), np.abs(q.stddev.numpy() / sd - 1).max()
+
+
+def bits(posterior):
+    return {name: value.numpy().tobytes() for name, value in posterior.unconstrained.params.items()}
+
+
+def round_elbos(posterior):
+    trace = posterior.trace
+    return trace.elbo[trace.phase == "round"].to_numpy()
+
+
+def assert_elbo_never_falls(posterior):
+    elbos = round_elbos(posterior)
+    assert (np.diff(elbos) >= -anchored.ELBO_NOISE * np.abs(elbos[:-1])).all()
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """Record (q, certificate) of every round."""
+    seen = []
+    record = anchored._Rounds.record
+
+    def spy(run, here, certificate, phase="round"):
+        seen.append((phase, here.q, certificate, run))
+        record(run, here, certificate, phase)
+
+    monkeypatch.setattr(anchored._Rounds, "record", spy)
+    return seen
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+def logistic_model(dim, prior_sd=PRIOR_SD):
+    return dadvi.Model(
+        prior={"beta": Normal(torch.zeros(dim), prior_sd)},
+        likelihood=lambda beta, x: Bernoulli(logits=x @ beta),
+        observed="y",
+    )
+
+
+def logistic_fields(num_rows, dim, correlation=0.7, seed=0):
+    """Return predictors correlated like an autoregression, the first one an intercept, and labels."""
+    rng = np.random.default_rng(seed)
+    corr = correlation ** np.abs(np.subtract.outer(np.arange(dim), np.arange(dim)))
+    x = rng.standard_normal((num_rows, dim)) @ np.linalg.cholesky(corr).T
+    x[:, 0] = 1
+    beta = rng.normal(0, 0.5, dim)
+    return {"x": x, "y": rng.binomial(1, 1 / (1 + np.exp(-x @ beta)))}
+
+
+def logistic_optimum(x, y, prior_sd=PRIOR_SD, widths=True):
+    """Return mean, sds and precision at the mean-field ELBO's optimum, by Newton with exact expectations; in float64.
+
+    x_i·η ~ N(x_i·μ, Σ_j x_ij² σ_j²) under q, so that every expectation is one Gauss–Hermite rule. With widths=False,
+    σ = 0: Laplace's mode, and the sds that the curvature has there.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(15)
+    weights = weights / weights.sum()
+    unit = np.sqrt(np.square(x).mean(0))  # for the conditioning
+    x, prior_sd = x / unit, prior_sd * unit
+    mean, sd = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for _ in range(100):
+        spread = np.sqrt(np.square(x) @ np.square(sd)) if widths else np.zeros(len(x))
+        p = 1 / (1 + np.exp(-((x @ mean)[:, None] + spread[:, None] * nodes)))
+        grad = x.T @ (y - p @ weights) - mean / prior_sd**2
+        precision = (x.T * ((p * (1 - p)) @ weights)) @ x + np.diag(np.broadcast_to(prior_sd**-2.0, mean.shape))
+        step, new_sd = np.linalg.solve(precision, grad), np.diag(precision) ** -0.5
+        moved = max(np.abs(step / new_sd).max(), np.abs(sd / new_sd - 1).max())
+        mean, sd = mean + step, new_sd
+        if moved < 1e-9:
+            break
+    else:
+        raise AssertionError("the reference has not converged")
+    return mean / unit, sd / unit, np.sqrt(np.diag(np.linalg.inv(precision))) / unit
+
+
+# Conjugate targets -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Return a target and its data: 2 000 rows in 20 chunks, of which S is to have 8."""
+    cache = {}
+
+    def write(name):
+        if name not in cache:
+            target = targets.CONJUGATE[name](num_rows=ROWS)
+            path = tmp_path_factory.mktemp(name) / "d.zarr"
+            cache[name] = target, dadvi.write_shards(path, target.fields, chunk_rows=100, shard_rows=500)
+        return cache[name]
+
+    return write
+
+
+@pytest.mark.parametrize("curvature", ["subsample", "data"])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, family) for name in targets.CONJUGATE for family in ("mean_field", "full_rank")),
+        ("linear_regression", dadvi.LowRank(rank=4)),
+    ],
+    ids=str,
+)
+def test_ends_at_the_exact_optimum(written, name, family, curvature):
+    target, data = written(name)
+    kind = family if isinstance(family, str) else family.name
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
+    posterior = dadvi.fit(target.model(), data, method=method, family=family, client="serial", tol=TOL)
+    mean_error, sd_error = errors(posterior, *target.optimum(kind), target.optimum("full_rank").sd)
+    assert posterior.status == "converged", posterior.reason
+    assert mean_error < TOL
+    assert sd_error < TOL + (S_NOISE if curvature == "subsample" and name != "normal_normal" else 0)
+    assert posterior.certificate.max <= TOL
+    assert_elbo_never_falls(posterior)
+
+
+@pytest.mark.parametrize("family", ["mean_field", "full_rank", "low_rank"])
+@pytest.mark.parametrize("name", targets.CONJUGATE)
+def test_is_what_auto_chooses(written, name, family):
+    # S is all the data: one round certifies.
+    target, data = written(name)
+    posterior = dadvi.fit(target.model(), data, family=family, client="serial", tol=TOL)
+    mean_error, sd_error = errors(posterior, *target.optimum(family), target.optimum("full_rank").sd)
+    assert posterior.settings["method"] == {"name": "Anchored", **dadvi.Anchored().describe()}
+    assert posterior.status == "converged", posterior.reason
+    assert mean_error < TOL
+    assert sd_error < TOL
+    assert posterior.passes <= 3
+
+
+def test_full_rank_finds_the_covariance(written):
+    target, data = written("linear_regression")
+    posterior = dadvi.fit(target.model(), data, family="full_rank", client="serial", tol=TOL)
+    scale = np.outer(target.optimum("full_rank").sd, target.optimum("full_rank").sd)
+    found = posterior.unconstrained.covariance_matrix.numpy() / scale
+    np.testing.assert_allclose(found, target.covariance / scale, atol=2 * TOL)
+
+
+# Small data ------------------------------------------------------------------------------------------------------
+
+
+def test_five_counts_end_at_the_elbo_optimum_not_at_laplaces(write):
+    target = targets.poisson_gamma(num_rows=5, seed=1)
+    loc, sd = target.optimum("mean_field")
+    posterior = dadvi.fit(target.model(), write(target.fields), client="serial", tol=0.1)
+    mean_error, sd_error = errors(posterior, loc, sd, sd)
+    laplace = loc + sd**2 / 2  # the mode of log λ: log(a/b)
+    assert posterior.status == "converged"
+    assert posterior.passes == 2  # S, and one round
+    assert np.abs((laplace - loc) / sd).max() > 0.25
+    assert mean_error < 0.1
+    assert sd_error < 0.1
+
+
+def test_five_counts_end_within_a_small_tolerance(write):
+    target = targets.poisson_gamma(num_rows=5, seed=1)
+    posterior = dadvi.fit(target.model(), write(target.fields), client="serial", tol=TOL)
+    loc, sd = target.optimum("mean_field")
+    assert posterior.status == "converged", posterior.reason
+    assert max(errors(posterior, loc, sd, sd)) < 2 * TOL
+
+
+@pytest.mark.parametrize(("num_draws", "close"), [(4, 0.1), (24, 0.05)])
+def test_small_logistic_regression_differs_from_laplace(write, num_draws, close):
+    # The certificate is of the ELBO at the draws, and does not tell how far few draws move it.
+    fields = logistic_fields(46, 3, seed=3)
+    method = dadvi.Anchored(num_draws=num_draws)
+    posterior = dadvi.fit(logistic_model(3), write(fields), method=method, client="serial", tol=TOL)
+    loc, sd, marginal = logistic_optimum(**fields)
+    laplace, _laplace_sd, _ = logistic_optimum(**fields, widths=False)
+    mean_error, sd_error = errors(posterior, loc, sd, marginal)
+    assert posterior.status == "converged"
+    assert np.abs((laplace - loc) / marginal).max() > 0.2
+    assert mean_error < close
+    assert sd_error < close / 2
+
+
+# Larger data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [4_000, None])
+def test_correlated_logistic_regression_in_three_passes(write, visits, rows):
+    fields = logistic_fields(40_000, 12)
+    data = write(fields, chunk_rows=500, shard_rows=4_000)
+    loc, sd, marginal = logistic_optimum(**fields)
+    posterior = dadvi.fit(
+        logistic_model(12), data, method=dadvi.Anchored(subsample_rows=rows), client="serial", tol=0.1
+    )
+    assert posterior.status == "converged"
+    assert posterior.passes <= 3.2
+    mean_error, sd_error = errors(posterior, loc, sd, marginal)
+    truths = [np.abs((q.loc.numpy() - loc) / marginal).max() for _, q, _, _ in visits]
+    assert mean_error < 0.1
+    assert sd_error < 0.1
+    assert posterior.trace.certificate.tolist() == [certificate.max for _, _, certificate, _ in visits]
+    assert truths[0] > 0.1  # the subsample alone would not do
+    for (_, _, certificate, _), truth in zip(visits, truths, strict=True):
+        if 0.01 < certificate.max < 1:
+            assert 0.5 < certificate.max / truth < 2
+
+
+def test_raw_collinear_predictors(write):
+    # An intercept, a calendar year and a 0/1 column as they come: intercept and year are one direction, to 1e-3.
+    rng = np.random.default_rng(0)
+    num_rows = 8_000
+    year, flag = rng.integers(1995, 2006, num_rows), rng.integers(0, 2, num_rows)
+    x = np.stack([np.ones(num_rows), year, flag], axis=1).astype(np.float64)
+    y = rng.binomial(1, 1 / (1 + np.exp(-(0.1 * (year - 2000) - 0.5 * flag))))
+    data = write({"x": x, "y": y}, chunk_rows=200)
+    prior_sd = np.array([300.0, 1.0, 2.0])
+    posterior = dadvi.fit(
+        logistic_model(3, torch.from_numpy(prior_sd)),
+        data,
+        method=dadvi.Anchored(subsample_rows=2_000),
+        client="serial",
+        family="full_rank",
+    )
+    mode, _, marginal = logistic_optimum(x, y, prior_sd, widths=False)
+    mean_error, sd_error = errors(posterior, mode, marginal, marginal)
+    assert posterior.status == "converged", posterior.reason
+    assert mean_error < 0.1
+    assert sd_error < 0.1
+
+
+def hierarchical(num_rows=6_000, num_groups=40, seed=0):
+    """Return fields and a centred model: group sizes fall from a quarter of the rows to 3."""
+    rng = np.random.default_rng(seed)
+    sizes = np.maximum(3, (num_rows / 4 * 0.75 ** np.arange(num_groups)).astype(int))
+    group = rng.permutation(np.repeat(np.arange(num_groups), sizes))
+    effect = rng.normal(0.5, 0.8, num_groups)
+    x = rng.standard_normal(len(group))
+    y = effect[group] + 0.7 * x + rng.standard_normal(len(group))
+    model = dadvi.Model(
+        prior={
+            "mu": Normal(torch.tensor(0.0), 2.0),
+            "tau": HalfNormal(torch.tensor(1.0)),
+            "effect": lambda mu, tau: Normal(mu, tau).expand([num_groups]),
+            "slope": Normal(torch.tensor(0.0), 2.0),
+        },
+        likelihood=lambda effect, slope, group, x: Normal(effect[group] + slope * x, 1.0),
+        observed="y",
+    )
+    return model, {"group": group, "x": x, "y": y}, sizes
+
+
+def test_groups_that_the_subsample_hardly_sees(write, visits):
+    model, fields, sizes = hierarchical()
+    assert (sizes == 3).sum() > 5
+    data = write(fields, chunk_rows=100)
+    method = dadvi.Anchored(subsample_rows=800)
+    posterior = dadvi.fit(model, data, method=method, client="serial", tol=0.05)
+    assert visits[0][3]._curvature_from == "data"
+    assert posterior.status == "converged", posterior.reason
+    assert posterior.passes <= 8
+    assert_elbo_never_falls(posterior)
+    full = dadvi.Anchored(curvature="data", num_draws=8)
+    reference = dadvi.fit(model, data, method=full, client="serial", tol=0.01, seed=1)
+    assert reference.status == "converged"
+    there = reference.unconstrained
+    mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), there.stddev.numpy())
+    assert mean_error < 0.1
+    assert sd_error < 0.1
+
+
+def test_a_subsample_that_sees_every_latent_gives_the_curvature(write, visits):
+    fields = logistic_fields(4_000, 3)
+    data = write(fields, chunk_rows=100)
+    dadvi.fit(logistic_model(3), data, method=dadvi.Anchored(subsample_rows=1_000), client="serial")
+    assert visits[0][3]._curvature_from == "subsample"
+
+
+# What goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::dadvi.errors.ShuffleWarning")
+@pytest.mark.parametrize("curvature", ["auto", "subsample", "data"])
+def test_a_misleading_subsample_still_converges(write, curvature):
+    fields = logistic_fields(4_000, 3)
+    manifest = write(fields, "first.zarr", chunk_rows=100).manifest
+    chosen = sampling.subsample(manifest, sampling.chunks_for(manifest, 800), seed=0)
+    ours = np.concatenate([np.arange(*manifest.rows(chunk)) for chunk in chosen.tolist()])
+    ones = np.flatnonzero(fields["y"])[: len(ours)]
+    order = np.empty(4_000, dtype=int)
+    order[ours], order[np.setdiff1d(np.arange(4_000), ours)] = ones, np.setdiff1d(np.arange(4_000), ones)
+    fields = {name: values[order] for name, values in fields.items()}
+    assert fields["y"][ours].all()  # S knows one label
+    data = write(fields, "second.zarr", chunk_rows=100)
+    method = dadvi.Anchored(subsample_rows=800, curvature=curvature)
+    posterior = dadvi.fit(logistic_model(3), data, method=method, client="serial")
+    loc, sd, marginal = logistic_optimum(**fields)
+    mean_error, sd_error = errors(posterior, loc, sd, marginal)
+    assert posterior.status == "converged", posterior.reason
+    assert mean_error < 0.1
+    assert sd_error < 0.1
+    assert_elbo_never_falls(posterior)
+
+
+def test_ordered_data_are_reported(write):
+    fields = logistic_fields(4_000, 3)
+    order = np.argsort(fields["y"], kind="stable")
+    data = write({name: values[order] for name, values in fields.items()}, chunk_rows=100)
+    with pytest.warns(ShuffleWarning, match="shuffle"):
+        dadvi.fit(logistic_model(3), data, method=dadvi.Anchored(subsample_rows=1_000), client="serial")
+
+
+@pytest.mark.parametrize("curvature", ["auto", "data"])
+@pytest.mark.parametrize("family", ["mean_field", "full_rank"])
+def test_a_flat_direction_is_never_converged(write, family, curvature):
+    x = np.random.default_rng(0).normal(1.0, 1.0, 400)
+    model = dadvi.Model(
+        prior={"a": dadvi.Flat(), "b": dadvi.Flat()}, likelihood=lambda a, b: Normal(a + b, 1.0), observed="x"
+    )
+    data = write({"x": x}, chunk_rows=20)
+    method = dadvi.Anchored(subsample_rows=160, curvature=curvature)
+    posterior = dadvi.fit(model, data, family=family, method=method, client="serial")
+    assert posterior.status != "converged"
+
+
+@pytest.mark.parametrize("curvature", ["subsample", "data"])
+def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits, curvature):
+    target, data = written("linear_regression")
+    real, calls = anchored.solve, []
+
+    def overshoot_once(prior, local, q, noise, tol, radius):
+        calls.append((q, local, radius))
+        found = real(prior, local, q, noise, tol, radius)
+        if len(calls) > 1:
+            return found
+        return Gaussian(q.family, {**q.params, "loc": q.loc + 30 * (found.loc - q.loc)})
+
+    monkeypatch.setattr(anchored, "solve", overshoot_once)
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
+    posterior = dadvi.fit(target.model(), data, method=method, client="serial", tol=TOL)
+    trace = posterior.trace
+    assert trace.phase.tolist()[:3] == ["round", "rejected", "round"]
+    assert (trace.phase == "rejected").sum() == 1
+    assert trace.elbo[1] < trace.elbo[0]
+    assert math.isnan(trace.certificate[1])
+    (first, second), sds = calls[:2], target.optimum("full_rank").sd
+    assert second[0] is first[0]
+    assert second[1] is first[1]
+    assert first[2] == math.inf
+    length = np.abs((visits[1][1].loc - first[0].loc).numpy() / sds).max()
+    assert second[2] == pytest.approx(length / 4, rel=0.2)  # sds by S's curvature, or by all the data's
+    assert posterior.status == "converged", posterior.reason
+    assert_elbo_never_falls(posterior)
+    mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
+    assert mean_error < TOL
+    assert sd_error < TOL + (S_NOISE if curvature == "subsample" else 0)
+
+
+def broken_model(where):
+    """Return a model whose log-likelihood is nan on rows with bad = 1, if mu satisfies a condition."""
+    return dadvi.Model(
+        prior={"mu": Normal(torch.tensor(0.0), 10.0)},
+        log_likelihood=lambda mu, x, bad: torch.where(
+            (bad > 0) & where(mu), torch.full_like(x, torch.nan) * mu, -0.5 * (x - mu) ** 2
+        ),
+    )
+
+
+def broken_fields(manifest_of):
+    """Return 2 000 rows with one bad one, outside the subsample that seed 0 takes."""
+    fields = {"x": np.random.default_rng(0).normal(0, 1, 2_000), "bad": np.zeros(2_000)}
+    manifest = manifest_of(fields)
+    outside = np.setdiff1d(np.arange(1, 39), sampling.subsample(manifest, sampling.chunks_for(manifest, SEEN), seed=0))
+    fields["bad"][manifest.rows(int(outside[0]))[0]] = 1
+    return fields
+
+
+@pytest.mark.parametrize("curvature", ["subsample", "data"])
+def test_nan_at_the_first_anchor_is_diverged(write, curvature):
+    fields = broken_fields(lambda fields: write(fields, "first.zarr", chunk_rows=50).manifest)
+    data = write(fields, "second.zarr", chunk_rows=50)
+    model = broken_model(lambda mu: torch.ones_like(mu, dtype=torch.bool))
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
+    posterior = dadvi.fit(model, data, method=method, client="serial")
+    assert posterior.status == "diverged"
+    assert "first anchor" in posterior.reason
+    assert posterior.certificate is None
+
+
+def test_max_passes_stops(written):
+    target, data = written("linear_regression")
+    method = dadvi.Anchored(subsample_rows=SEEN)
+    run = partial(dadvi.fit, target.model(), data, method=method, client="serial", tol=1e-12)
+    for max_passes, rounds in [(0.5, 1), (2.3, 1), (2.5, 2)]:
+        posterior = run(max_passes=max_passes)
+        assert posterior.status == "stopped"
+        assert f"max_passes={max_passes:g}" in posterior.reason
+        assert len(posterior.trace) == rounds
+        assert posterior.passes == pytest.approx(rounds + SEEN / ROWS)
+        assert posterior.certificate is not None
+
+
+def test_beyond_the_dense_limit_auto_chooses_advi(written, monkeypatch):
+    target, data = written("linear_regression")
+    monkeypatch.setattr(anchored, "DENSE_LIMIT", 4)
+    monkeypatch.setattr(fit_module, "DENSE_LIMIT", 4)
+    with pytest.raises(InputError, match=r"5 coordinates.*4 at most.*ADVI\(\)"):
+        dadvi.fit(target.model(), data, method=dadvi.Anchored(), client="serial")
+    posterior = dadvi.fit(target.model(), data, client="serial", max_passes=1)
+    assert posterior.settings["method"]["name"] == "ADVI"
+
+
+@pytest.mark.parametrize(
+    ("setting", "seen"),
+    [
+        ({"subsample_rows": 0}, r"subsample_rows=0.*at least 1"),
+        ({"num_draws": 3}, r"num_draws=3.*even"),
+        ({"num_draws": 0}, r"num_draws=0.*even and at least 2"),
+        ({"curvature": "full"}, r"'full'.*'auto', 'subsample', 'data'"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused_with_the_remedy(setting, seen):
+    with pytest.raises(InputError, match=seen):
+        dadvi.Anchored(**setting)
+
+
+# Executors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["subsample", "data"])
+def test_same_bits_on_every_executor(written, thread_client, process_clients, curvature):
+    target, data = written("linear_regression")
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
+    run = partial(dadvi.fit, target.model(), data, family="full_rank", method=method, seed=5, tol=1e-3)
+    serial = run(client="serial")
+    timeless = [column for column in serial.trace.columns if column != "seconds"]
+    for client in (thread_client, process_clients(2)):
+        other = run(client=client)
+        assert bits(other) == bits(serial)
+        assert (other.elbo, other.passes, other.certificate) == (serial.elbo, serial.passes, serial.certificate)
+        assert other.trace[timeless].equals(serial.trace[timeless])
+
+
+def test_a_fit_is_a_function_of_the_seed_and_its_trace_goes_to_callbacks(written, tmp_path):
+    target, data = written("linear_regression")
+    rows = []
+    run = partial(dadvi.fit, target.model(), data, method=dadvi.Anchored(subsample_rows=SEEN), client="serial")
+    first = run(seed=1, callbacks=[rows.append], run_dir=tmp_path / "run")
+    assert tuple(rows) == tuple(first.records)
+    assert bits(first) == bits(run(seed=1)) != bits(run(seed=2))
+    loaded = dadvi.load_posterior(tmp_path / "run" / "posterior.zarr")
+    assert bits(loaded) == bits(first)
+    assert loaded.certificate == first.certificate
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["method"]["name"] == "Anchored"
