@@ -190,6 +190,17 @@ def sum_shard(
                 raise type(error)(str(error) if where in str(error) else f"{error} ({where})") from error
             except OSError as error:  # may pass: the executor retries it
                 raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
+            except IndexError as error:
+                first, last = manifest.rows(chunk)
+                codes = {
+                    name: f"{int(values.min())} to {int(values.max())}"
+                    for name, values in batch.items()
+                    if not (values.is_floating_point() or values.dtype == torch.bool)
+                }
+                raise DataError(
+                    f"{error} in {where} (rows {first} to {last - 1}): an integer field indexes beyond a latent. Their "
+                    f"values there: {codes}; give the latent an element for every code, or mend the data"
+                ) from error
             except Exception as error:
                 first, last = manifest.rows(chunk)
                 raise WorkError(

@@ -226,11 +226,17 @@ def test_errors_name_pass_shard_chunk_and_rows(write):
     prior = {"u": Normal(torch.zeros(4), 1.0)}
     bound = bind_to(dadvi.Model(prior, log_likelihood=lambda u, group: u[group]), data)
     bad = bind_to(dadvi.Model(prior, log_likelihood=lambda u, group: u[group]), data)
-    bad.model.row_function = lambda u, group: u[group * (1 + group // 2)]  # 2 reads element 4, which is not there
+
+    def fails_on_group_2(u, group):
+        if (group == 2).any():
+            raise ArithmeticError("not that one")
+        return u[group]
+
+    bad.model.row_function = fails_on_group_2
     assert SerialExecutor(bound, data).run(LogLik(np.zeros((1, 4)))).log_lik == 0.0
     with pytest.raises(WorkError) as caught:
         SerialExecutor(bad, data).run(LogLik(np.zeros((1, 4))), label="step 7")
-    for part in ("step 7", "'log_lik'", "shard 2, chunk 4", "rows 16 to 19", "IndexError"):
+    for part in ("step 7", "'log_lik'", "shard 2, chunk 4", "rows 16 to 19", "ArithmeticError: not that one"):
         assert part in str(caught.value)
 
 
@@ -284,3 +290,13 @@ def test_full_gradient_is_the_pass_over_all_rows(executor, with_nan):
     model = dadvi.Model({"a": Normal(0.0, 1.0)}, lambda a: Normal(a, 1.0), "x")
     with pytest.raises(DataError, match="row 13 "):
         dadvi.full_gradient(model, with_nan, torch.zeros(1))
+
+
+def test_a_code_beyond_a_latent_is_bad_input_and_named(write):
+    """One row in the middle, which the check of the first and the last chunk does not see."""
+    group = np.arange(40) % 3
+    group[17] = 7
+    data = write({"g": group, "y": np.zeros(40)}, chunk_rows=8, shard_rows=16)
+    model = dadvi.Model({"u": Normal(torch.zeros(3), 1.0)}, lambda u, g: Normal(u[g], 1.0), "y")
+    with pytest.raises(DataError, match=r"shard 1, chunk 2 \(rows 16 to 23\).*'g': '0 to 7'"):
+        dadvi.full_gradient(model, data, model.start, client="serial")
