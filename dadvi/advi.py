@@ -171,7 +171,7 @@ class ADVI:
             for name, value in values.items()
         }
 
-    @single_thread()
+    @single_thread()  # the coordinator's linear algebra must not depend on its number of cores
     def fit(
         self,
         executor: Executor,

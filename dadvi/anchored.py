@@ -21,7 +21,7 @@ from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family, Gaussian, MeanField
 from dadvi.local import NEGLIGIBLE_NATS, Expectations, LocalModel, Noise, Surrogate, Taylor, solve
-from dadvi.passes import HessianVector
+from dadvi.passes import HessianVector, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.quadratic import DENSE_LIMIT, PRIOR_DRAWS, Certificate, DenseCurvature, optimum
 from dadvi.sharding import Manifest, sampling
@@ -95,6 +95,7 @@ class Anchored:
         """Return the settings as a JSON object."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    @single_thread()  # the coordinator's linear algebra must not depend on its number of cores
     def fit(
         self,
         executor: Executor,
@@ -199,7 +200,7 @@ class _Rounds:
         rows = {
             name: torch.cat([batch[name] for batch in self.subsample.batches]) for name in self.subsample.model.fields
         }
-        work = HessianVector(eta[None].numpy(), torch.eye(len(eta)).double().numpy())
+        work = HessianVector(eta[None].numpy(), np.eye(len(eta)))
         pieces = zip(*(torch.tensor_split(values, SLICES) for values in rows.values()), strict=True)
         diagonals = np.stack(
             [

@@ -17,7 +17,7 @@ from dadvi.executors import make_executor, versions
 from dadvi.families import Family, check_known, make_family
 from dadvi.likelihood import BoundModel, bind
 from dadvi.model import Model
-from dadvi.passes import Gradient, single_thread
+from dadvi.passes import Gradient
 from dadvi.posterior import Coords, Posterior, TraceRow
 from dadvi.progress import make_reporter
 from dadvi.quadratic import DENSE_LIMIT
@@ -107,7 +107,6 @@ def fit(
         directory = RunDirectory(run_dir, overwrite=overwrite)
     settings.check(chosen)
     with (
-        single_thread(),  # the coordinator's linear algebra must not depend on its number of cores
         make_executor(bound, data, client, num_workers) as executor,
         make_reporter(progress, settings.passes_at_most(data.manifest, max_passes), callbacks) as report,
     ):

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class Taylor:
         eta = q.transform(noise)
         pair = eta[[0, len(eta) // 2]]
         sums = executor.run(
-            Expansion(Gradient(eta.numpy()), HessianVector(pair.numpy(), torch.eye(q.dim).double().numpy())),
+            Expansion(Gradient(eta.numpy()), HessianVector(pair.numpy(), np.eye(q.dim))),
             check=check,
             label=label,
         )
@@ -164,7 +165,7 @@ class Noise:
         def precision_times(tangents: FloatArray) -> Tensor:
             return -(local.hessian_times(eta, tangents) + prior_products(prior, prior_eta, tangents))
 
-        curvature = DenseCurvature.of(precision_times(torch.eye(q.dim).double().numpy()))
+        curvature = DenseCurvature.of(precision_times(np.eye(q.dim)))
         return Expectations(float(log_lik.mean() + log_prior.detach() + q.entropy()), grad, curvature)
 
 

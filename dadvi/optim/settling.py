@@ -73,7 +73,9 @@ def mcse(x: FloatArray) -> FloatArray:
 
 
 def settled(history: FloatArray, tol: float, rhat_max: float = 1.1, min_epochs: int = 8) -> Settling:
-    """Judge the last half of a history (E, P): settled if every R-hat is up to `rhat_max`, every MCSE up to `tol`.
+    """Judge the last half of a history (E, P): settled if R-hat is up to `rhat_max`, every MCSE up to `tol`.
+
+    R-hat is the RMS over parameters: of many parameters, the largest is large by chance alone.
 
     A parameter that stayed within tol/100 over the whole window counts as constant: an optimiser without noise
     creeps towards its limit for ever, which R-hat, blind to size, calls a drift. Fewer than `min_epochs`, or any
