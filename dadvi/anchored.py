@@ -3,28 +3,45 @@
 A round visits an anchor: one pass over the data measures a `LocalModel` there, which gives the ELBO, the gradient and
 the curvature on all the data, and so the certificate. Then q moves to the local model's optimum, without touching the
 data, and the next round visits the new mean. A step is kept if the next visit finds that the ELBO, at common draws,
-rose; if not, the run goes back and takes a shorter one.
+rose; if not, the run goes back and takes a shorter one. Where steps fail, L-BFGS on all the data takes over.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from dadvi.descent import descend
 from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family, Gaussian, MeanField
-from dadvi.local import NEGLIGIBLE_NATS, Expectations, LocalModel, Noise, Surrogate, Taylor, solve
+from dadvi.acceleration import Iterate
+from dadvi.local import (
+    NEGLIGIBLE_NATS,
+    SOLVED,
+    Expectations,
+    LocalModel,
+    Noise,
+    Surrogate,
+    Taylor,
+    accelerated_member,
+    distance,
+    iterate,
+    solve,
+)
 from dadvi.passes import HessianVector, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
-from dadvi.quadratic import DENSE_LIMIT, PRIOR_DRAWS, Certificate, DenseCurvature, optimum
+from dadvi.probing import find_structure
+from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature, optimum, prior_draws, prior_hessian
+from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
 from dadvi.sharding import Manifest, sampling
+from dadvi.structure import Arrowhead
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import Purpose, random_stream
 
@@ -32,13 +49,16 @@ CurvatureFrom = Literal["auto", "subsample", "data"]
 
 DEFAULT_PASSES = 30.0
 SUBSAMPLE_ROWS, ROWS_PER_COORDINATE = 20_000, 200
-"""Rows of the resident subsample, or for each coordinate if that is more, unless told otherwise."""
+"""Rows of the resident subsample, or for each dense coordinate if that is more, unless told otherwise."""
+
+WARM_ROWS, WARM_ROWS_PER_COORDINATE = 4_000, 50
+"""Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more."""
+
+WARM_DISTANCE = 10.0
+"""The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
 
 POORLY_SEEN = 0.15
 """Relative noise of a precision measured on the subsample, above which curvature is measured on all the data."""
-
-SLICES = 16
-"""Parts of the subsample whose curvatures are compared to estimate that noise."""
 
 FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK = 4, 64, 8e6
 """Draws of q, and the product of draws, coordinates and rows of the subsample that bounds them, unless told."""
@@ -46,23 +66,38 @@ FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK = 4, 64, 8e6
 ELBO_NOISE = 1e-7
 """Relative error of an ELBO from float32 rows: a smaller fall is no fall."""
 
-SHORTEST_RADIUS = 1e-3
+NEAR = 6.0
+"""Length of a step, in posterior sds, up to which rounds are accelerated."""
+
+FIRST_RADIUS = 4.0
+"""A `Taylor` model is trusted this many times as far as the subsample tells: √(C/m) posterior sds."""
+
+MOST_REJECTED = 3
+"""Steps rejected in a row after which the last resort takes over."""
+
+DESCENT_PASSES = 20
+"""Evaluations of the last resort before the curvature is measured anew."""
 
 
 @dataclass(frozen=True)
 class Anchored:
-    """Settings of the anchored solver, for models with up to `DENSE_LIMIT` coordinates.
+    """Settings of the anchored solver.
+
+    It is for models whose curvature can be held: up to `DENSE_LIMIT` coordinates that curve together with any others,
+    and any number of effects of groups.
 
     Parameters
     ----------
     subsample_rows
         Rows of the resident subsample, rounded to whole chunks; None for 20 000, or 200 for each coordinate if more.
     num_draws
-        K, draws of q at which expectations of the likelihood are taken; None for as many, from 4 to 64, as keep
-        K times coordinates times rows of the subsample within 8 million: small data have wide, skewed posteriors.
+        K, draws of q at which expectations of the likelihood are taken, besides its mean; None for as many, from 4 to
+        64, as keep K times coordinates times rows of the subsample within 8 million: small data have wide, skewed
+        posteriors.
     curvature
         Where the curvature comes from: ``"subsample"`` (a `Surrogate`, one point a pass), ``"data"`` (a `Taylor`
-        model, D tangents a pass), or ``"auto"``: the subsample if it sees every latent well enough.
+        model, a tangent for each dense coordinate a pass), or ``"auto"``: the subsample if it sees every latent well
+        enough.
 
     Raises
     ------
@@ -111,16 +146,14 @@ class Anchored:
         Ends "converged" when the certificate is within `tol`; "stopped" at `max_passes`, or when no step raises the
         ELBO any more; "diverged" when the log posterior on all the data is not finite where the warm start ended.
         """
-        dim = executor.model.model.dim
-        if dim > DENSE_LIMIT:
-            raise InputError(f"the model has {dim} coordinates, and Anchored() takes {DENSE_LIMIT} at most; use ADVI()")
         passes = self.passes_at_most(executor.data.manifest, max_passes)
         run = _Rounds(self, executor, family, tol, passes, seed, report)
         here = run.visit(run.start())
         if not math.isfinite(here.seen.elbo):
             return run.fitted(here, "diverged", "the log posterior is not finite at the first anchor", None)
         while True:
-            certificate = here.seen.certificate(here.q)
+            aim = run.aim(here)
+            certificate = here.seen.certificate(here.q).or_farther(here.q, aim.q, here.seen.curvature)
             run.record(here, certificate)
             if certificate.within(tol):
                 return run.fitted(here, "converged", f"the certificate is within tol={tol:g}", certificate)
@@ -129,9 +162,10 @@ class Anchored:
                 return run.fitted(here, "stopped", reason, certificate)
             if run.exhausted:
                 return run.fitted(here, "stopped", f"max_passes={run.max_passes:g} reached", certificate)
-            there = run.step(here)
+            there = run.step(here, aim) or run.descend(here)
             if there is None:
-                return run.fitted(here, "stopped", "no step raises the ELBO", certificate)
+                spent = f"max_passes={run.max_passes:g} reached" if run.exhausted else "no step raises the ELBO"
+                return run.fitted(here, "stopped", spent, certificate)
             here = there
 
 
@@ -142,6 +176,15 @@ class _Visit:
     q: Gaussian
     local: LocalModel
     seen: Expectations
+    length: float  # of the step that led here, in posterior sds
+
+
+@dataclass(frozen=True, eq=False)
+class _Aim:
+    """The next Gaussian, and what is known of the local model there."""
+
+    q: Gaussian
+    seen: Expectations | None
 
 
 class _Rounds:
@@ -161,91 +204,159 @@ class _Rounds:
         self.seed, self._report = seed, report
         self.prior = executor.model.model
         self.radius = math.inf  # posterior sds
+        self.history: list[Iterate] = []  # rounds since which no step was long or rejected
         self.visits = 0
         self.trace: list[TraceRow] = []
         self._started = time.perf_counter()
         self._curvature_from = settings.curvature
+        self._load(settings.subsample_rows)
+        draws = partial(fixed_draws, settings.num_draws, num_rows=self.subsample.num_rows)
+        self.noise = draws(family.noise_dim(self.prior.dim), rng=random_stream(seed, Purpose.DRAWS))
+        self._warm_noise = draws(self.prior.dim, rng=random_stream(seed, Purpose.DRAWS, 1))
 
-        manifest, dim = executor.data.manifest, self.prior.dim
-        rows = settings.subsample_rows or max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * dim)
-        num_chunks = sampling.chunks_for(manifest, rows)
-        chunks = sampling.subsample(manifest, num_chunks, seed)
-        self._subsample_rows = int(manifest.chunk_sizes[chunks].sum())
-        self.factor = manifest.num_chunks / num_chunks
-        self.subsample = Subsample.load(executor.model, executor.data, chunks.tolist())
-
-        affordable = 2 * int(DRAWS_WORK / (2 * dim * self._subsample_rows))
-        num_draws = settings.num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
-        rng = random_stream(seed, Purpose.DRAWS)
-        self.noise = _draws(num_draws, family.noise_dim(dim), rng)
-        self._start_noise = self.noise if family.noise_dim(dim) == dim else _draws(num_draws, dim, rng)
+    def _load(self, subsample_rows: int | None) -> None:
+        """Read the subsample, and find the structure of the Hessian on it, which tells how large it should be."""
+        manifest, data, dim = self.executor.data.manifest, self.executor.data, self.prior.dim
+        chunks = sampling.subsample(
+            manifest, sampling.chunks_for(manifest, subsample_rows or SUBSAMPLE_ROWS), self.seed
+        )
+        self.subsample = Subsample.load(self.executor.model, data, chunks.tolist())
+        structure = find_structure(self.subsample, self.seed)
+        if structure is None or (dim > DENSE_LIMIT and not isinstance(self.family, MeanField)):
+            what = "too many for a curvature" if structure is None else f"too many for {self.family.name!r}"
+            raise InputError(
+                f"the model has {dim} coordinates, {what}: the limit is {DENSE_LIMIT}, not counting the effects of "
+                "groups that a mean-field family has; use method=ADVI(control_variate='anchor')"
+            )
+        self.structure = structure
+        if subsample_rows is None:
+            wanted = sampling.chunks_for(manifest, max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * len(structure.dense)))
+            more = sampling.subsample(manifest, wanted, self.seed)
+            self.subsample = self.subsample.extended(data, more.tolist())
+        self.factor = manifest.num_chunks / len(self.subsample.batches)
 
     def start(self) -> Gaussian:
         """Fit the subsample, and narrow the result to what all the data will say."""
-        warm = warm_start(self.subsample, self.seed)
+        warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
+        warm = warm_start(self.subsample.part(warm_rows), self.structure, self.seed)
+        alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
+        warm = self._solve(alone, warm, self._warm_noise, WARM_DISTANCE)
         warn_if_ordered(self.subsample, warm.loc)
-        log_scale = warm.params["log_scale"] - 0.5 * math.log(self.factor)
-        narrow = Gaussian(MeanField(), {"loc": warm.loc, "log_scale": log_scale})
-        local = Surrogate.untilted(self.subsample, self.factor, warm.loc)
-        curvature = self._start_noise.expectations(self.prior, local, narrow).curvature
+        at = Rule.equal(warm.loc[None])
+        work = HessianVector(at.nodes.numpy(), self.structure.tangents())
+        parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in self.subsample.each(work)]
+        of_prior = prior_hessian(self.prior, at, self.structure)
+        curvature = Curvature.of(-(sum(parts[1:], parts[0]) * self.factor + of_prior))
         if self._curvature_from == "auto":
-            noise = self._precision_noise(warm.loc, curvature)
+            noise = self._precision_noise(parts, curvature)
             self._curvature_from = "data" if noise > POORLY_SEEN else "subsample"
-        return optimum(self.family, warm.loc, curvature)
+        if self._curvature_from == "data":
+            self.radius = FIRST_RADIUS * math.sqrt(self.factor)
+        self._unit = curvature.stddev
+        q = optimum(self.family, warm.loc, curvature)
+        return self._solve(alone, q, self.noise, self.tol) if self.factor == 1 else q
 
-    def _precision_noise(self, eta: Tensor, curvature: DenseCurvature) -> float:
-        """Return the largest standard error, over coordinates, of a precision scaled up from the subsample, over it."""
+    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> Gaussian:
+        seen = noise.expectations(self.prior, local, q)
+        return solve(self.prior, local, q, seen, noise, tol)[0]
+
+    def _precision_noise(self, parts: Sequence[Arrowhead], curvature: Curvature) -> float:
+        """Return the largest standard error, over coordinates, of a precision scaled up from the subsample, over it.
+
+        Parameters
+        ----------
+        parts
+            The Hessian of each chunk of the subsample.
+
+        """
         if self.factor == 1:  # the subsample is all there is
             return 0.0
-        rows = {
-            name: torch.cat([batch[name] for batch in self.subsample.batches]) for name in self.subsample.model.fields
-        }
-        work = HessianVector(eta[None].numpy(), np.eye(len(eta)))
-        pieces = zip(*(torch.tensor_split(values, SLICES) for values in rows.values()), strict=True)
-        diagonals = np.stack(
-            [
-                work.on_chunk(self.subsample.model, dict(zip(rows, piece, strict=True))).products.diagonal()
-                for piece in pieces
-                if len(piece[0])
-            ]
-        )  # (slices, D)
+        diagonals = torch.stack([part.diagonal() for part in parts])  # (m, D)
         unsampled = 1 - 1 / self.factor
-        error = self.factor * diagonals.std(0, ddof=1) * math.sqrt(len(diagonals) * unsampled)
-        return float((torch.from_numpy(error) / curvature.precision_diagonal).max())
+        error = self.factor * diagonals.std(0) * math.sqrt(len(parts) * unsampled)
+        return float((error / curvature.precision_diagonal).max())
 
-    def visit(self, q: Gaussian) -> _Visit:
-        """Measure the local model at q by one pass over the data."""
+    def visit(self, q: Gaussian, seen: Expectations | None = None, length: float = math.nan) -> _Visit:
+        """Measure the local model at q by one pass over the data.
+
+        Parameters
+        ----------
+        seen
+            What q saw of the surrogate, where it is known: the next one has the same curvature, for they differ by a
+            linear function.
+        length
+            Of the step that led to q.
+
+        """
         self.visits += 1
         check, label = self.visits == 1, f"round {self.visits}"
         local: LocalModel
         if self._curvature_from == "data":
-            local = Taylor.measured(self.executor, q, self.noise.likelihood, check=check, label=label)
+            local = Taylor.measured(self.executor, q, self.noise, self.structure, check=check, label=label)
+            seen = None
         else:
-            local = Surrogate.measured(self.subsample, self.factor, self.executor, q.loc, check=check, label=label)
-        return _Visit(q, local, self.noise.expectations(self.prior, local, q))
+            local = Surrogate.measured(
+                self.subsample, self.structure, self.factor, self.executor, q.loc, check=check, label=label
+            )
+        return _Visit(q, local, self.noise.expectations(self.prior, local, q, known=seen), length)
 
-    def step(self, here: _Visit) -> _Visit | None:
-        """Move to the local optimum, or less far until the ELBO rises; None when none raises it or passes run out."""
-        while self.radius > SHORTEST_RADIUS:
-            q = solve(self.prior, here.local, here.q, self.noise, self.tol, self.radius)
-            if q is here.q:
+    def aim(self, here: _Visit) -> _Aim:
+        """Return the local model's optimum, as far as the radius allows, or what is better.
+
+        What the local model lacks makes rounds converge linearly, in a hierarchy with scales that multiply effects;
+        once they are near, acceleration takes its place.
+        """
+        q, seen = solve(self.prior, here.local, here.q, here.seen, self.noise, self.tol, self.radius)
+        length = distance(here.q, q, here.seen.curvature)
+        if length > min(NEAR, self.radius / 2):  # the optimum is far, or the radius cut the way to it
+            self.history.clear()
+            return _Aim(q, seen)
+        self.history.append(iterate(here.q, q, self._unit))
+        faster = accelerated_member(here.q, self.history, self._unit)
+        return _Aim(q, seen) if faster is None else _Aim(faster, None)
+
+    def step(self, here: _Visit, aim: _Aim) -> _Visit | None:
+        """Move to where it was aimed, or less far until the ELBO rises; None if it does not, or passes run out."""
+        for _ in range(MOST_REJECTED):
+            if aim.q is here.q:
                 return None
-            length = float(((q.loc - here.q.loc) / here.seen.curvature.stddev).abs().max())
-            there = self.visit(q)
+            length = distance(here.q, aim.q, here.seen.curvature)
+            there = self.visit(aim.q, aim.seen, length)
             slack = NEGLIGIBLE_NATS + ELBO_NOISE * abs(here.seen.elbo)
             if there.seen.elbo >= here.seen.elbo - slack:  # False for nan
                 self.radius = max(self.radius, 4 * length)
                 return there
             self.record(there, None, phase="rejected")
             self.radius = min(self.radius, length) / 4
+            self.history.clear()
             if self.exhausted:
-                break
+                return None
+            aim = self.aim(here)
         return None
+
+    def descend(self, here: _Visit) -> _Visit | None:
+        """Move the mean by the last resort; None if it finds nothing better, or passes run out."""
+        passes_left = int(self.max_passes - self.passes)
+        if passes_left < 2:  # one evaluation, and the visit after it
+            return None
+
+        def record(value: float) -> None:
+            elbo = value + float(here.q.entropy())
+            self._add(self._row("descent", elbo))
+
+        evaluations = min(DESCENT_PASSES, passes_left - 1)
+        curvature = here.seen.curvature
+        q = descend(self.executor, here.q, curvature, self.noise, SOLVED * self.tol, evaluations, record)
+        if q is None:
+            return None
+        self.radius = math.inf
+        self.history.clear()
+        return self.visit(q, length=distance(here.q, q, curvature))
 
     @property
     def passes(self) -> float:
         """Rows read so far, over N."""
-        return (self.executor.rows_read + self._subsample_rows) / self.executor.data.num_rows
+        return (self.executor.rows_read + self.subsample.num_rows) / self.executor.data.num_rows
 
     @property
     def exhausted(self) -> bool:
@@ -254,25 +365,49 @@ class _Rounds:
 
     def record(self, here: _Visit, certificate: Certificate | None, phase: str = "round") -> None:
         """Add a row to the trace and report it."""
-        row = TraceRow(
+        largest = math.nan if certificate is None else certificate.max
+        self._add(self._row(phase, here.seen.elbo, certificate=largest, length=here.length))
+
+    def _row(self, phase: str, elbo: float, **figures: float) -> TraceRow:
+        return TraceRow(
             phase=phase,
             step=self.visits,
             passes=self.passes,
-            rows_read=self.executor.rows_read + self._subsample_rows,
+            rows_read=self.executor.rows_read + self.subsample.num_rows,
             seconds=time.perf_counter() - self._started,
-            elbo=here.seen.elbo,
-            certificate=math.nan if certificate is None else certificate.max,
+            elbo=elbo,
+            **figures,
         )
+
+    def _add(self, row: TraceRow) -> None:
         self.trace.append(row)
         self._report(row)
 
     def fitted(self, here: _Visit, status: Status, reason: str, certificate: Certificate | None) -> Fitted:
         """Return the result."""
-        return Fitted(here.q, status, reason, here.seen.elbo, self.passes, certificate, tuple(self.trace))
+        return Fitted(
+            here.q, status, reason, here.seen.elbo, self.passes, certificate, tuple(self.trace), here.seen.curvature
+        )
 
 
-def _draws(num_draws: int, dim: int, rng: np.random.Generator) -> Noise:
-    return Noise(
-        likelihood=draw_noise("orthogonal", num_draws, dim, rng, fixed=True),
-        prior=draw_noise("orthogonal", PRIOR_DRAWS, dim, rng, fixed=True),
-    )
+def fixed_draws(num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator) -> Noise:
+    """Return the draws of a run.
+
+    Parameters
+    ----------
+    num_draws
+        For the log-likelihood; None for as many as is affordable.
+    noise_dim
+        Length of a draw.
+    num_rows
+        Rows of the subsample.
+
+    """
+    affordable = 2 * int(DRAWS_WORK / (2 * noise_dim * num_rows))
+    num_draws = num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
+    prior = stratified(prior_draws(noise_dim), noise_dim, rng)
+    if num_draws >= 2 * noise_dim:
+        everywhere = orthogonal(num_draws, noise_dim, rng)
+        return Noise(everywhere, everywhere, prior)
+    along = gauss_hermite(num_draws // 2, noise_dim, rng)
+    return Noise(along, along.first_pair, prior)

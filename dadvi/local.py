@@ -6,33 +6,38 @@ value and gradient at the anchor and is cheap elsewhere:
 - `Surrogate`: a resident subsample S of m of C chunks, scaled, and tilted to the anchor's gradient:
   (C/m) ℓ_S(η) + ⟨G₀ − (C/m) ∇ℓ_S(η₀), η − η₀⟩ + const. With it, each round multiplies the error by about
   √(D / rows in S), whatever N (SVRG: Johnson & Zhang 2013; surrogate likelihood: Jordan, Lee & Yang 2019);
-- `Taylor`: the second-order expansion of the log-likelihood, its derivatives averaged over q and its Hessian measured
-  on all the data in the same pass. It costs D tangents, and is for latents that S hardly sees.
+- `Taylor`: an expansion of the log-likelihood, its derivatives averaged over q and its Hessian measured on all the data
+  in the same pass. It costs G + C tangents, and is for latents that S hardly sees, such as the effects of many groups.
 
 The prior and the log-det are exact in both.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dadvi.acceleration import Iterate, accelerated
 from dadvi.executors import Executor
-from dadvi.families import Gaussian
+from dadvi.families import Gaussian, MeanField
 from dadvi.model import Model
 from dadvi.passes import Expansion, Gradient, HessianVector
-from dadvi.quadratic import Certificate, DenseCurvature, optimum, prior_products
+from dadvi.quadratic import Certificate, Curvature, optimum, prior_hessian
+from dadvi.quadrature import Rule
+from dadvi.structure import Arrowhead, Structure
 from dadvi.subsample import Subsample
-from dadvi.types import FloatArray
 
 SOLVED = 1 / 30
 """The search goes on to this fraction of the tolerance: its next step, in posterior sds, and its change of the sds."""
 
 NEGLIGIBLE_NATS = 0.01
 """An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
+
+CONTRACTION = 0.2
+"""A step that leaves more than this fraction of the distance has outgrown its curvature, which is then measured anew."""
 
 SEARCH_STEPS = 30
 SHORTEST_FRACTION = 1e-4
@@ -46,8 +51,8 @@ class LocalModel(Protocol):
         """Return the log-likelihood (K,) and its gradient (K, D) at η (K, D)."""
         ...
 
-    def hessian_times(self, eta: Tensor, tangents: FloatArray) -> Tensor:
-        """Return mean_k ∇²ℓ(η_k) v_t (T, D) at tangents (T, D)."""
+    def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:
+        """Return Σ_k w_k ∇²ℓ(η_k) at η (K, D)."""
         ...
 
 
@@ -56,25 +61,34 @@ class Surrogate:
     """The scaled and tilted subsample."""
 
     subsample: Subsample
+    structure: Structure  # of the Hessian
     factor: float  # C/m
     anchor: Tensor  # η₀ (D,)
     tilt: Tensor  # (D,)
     offset: float
 
     @classmethod
-    def untilted(cls, subsample: Subsample, factor: float, anchor: Tensor) -> "Surrogate":
+    def untilted(cls, subsample: Subsample, structure: Structure, factor: float, anchor: Tensor) -> "Surrogate":
         """Return the scaled subsample alone: what there is before the first pass."""
-        return cls(subsample, factor, anchor, torch.zeros_like(anchor), 0.0)
+        return cls(subsample, structure, factor, anchor, torch.zeros_like(anchor), 0.0)
 
     @classmethod
     def measured(
-        cls, subsample: Subsample, factor: float, executor: Executor, anchor: Tensor, *, check: bool, label: str
+        cls,
+        subsample: Subsample,
+        structure: Structure,
+        factor: float,
+        executor: Executor,
+        anchor: Tensor,
+        *,
+        check: bool,
+        label: str,
     ) -> "Surrogate":
         """Return the surrogate at an anchor (D,), by one pass over the data at one point."""
         point = Gradient(anchor[None].numpy())
         full, part = executor.run(point, check=check, label=label), subsample.run(point)
         tilt = torch.from_numpy(full.grad[0] - factor * part.grad[0])
-        return cls(subsample, factor, anchor, tilt, float(full.log_lik[0] - factor * part.log_lik[0]))
+        return cls(subsample, structure, factor, anchor, tilt, float(full.log_lik[0] - factor * part.log_lik[0]))
 
     def log_lik(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood (K,) and its gradient (K, D) at η (K, D)."""
@@ -82,9 +96,10 @@ class Surrogate:
         value = self.factor * torch.from_numpy(sums.log_lik) + self.offset + (eta - self.anchor) @ self.tilt
         return value, self.factor * torch.from_numpy(sums.grad) + self.tilt
 
-    def hessian_times(self, eta: Tensor, tangents: FloatArray) -> Tensor:
-        """Return mean_k ∇²ℓ(η_k) v_t (T, D) at tangents (T, D)."""
-        return self.factor * torch.from_numpy(self.subsample.run(HessianVector(eta.numpy(), tangents)).products)
+    def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:
+        """Return Σ_k w_k ∇²ℓ(η_k), to which the tilt adds nothing."""
+        sums = self.subsample.run(HessianVector(eta.numpy(), self.structure.tangents(), weights.numpy()))
+        return self.structure.arrowhead(torch.from_numpy(sums.products)) * self.factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,37 +109,33 @@ class Taylor:
     anchor: Tensor  # η₀ (D,)
     value: float
     grad: Tensor  # (D,)
-    hessian: Tensor  # (D, D)
+    bend: Arrowhead  # ∇²ℓ
 
     @classmethod
-    def measured(cls, executor: Executor, q: Gaussian, noise: Tensor, *, check: bool, label: str) -> "Taylor":
+    def measured(
+        cls, executor: Executor, q: Gaussian, noise: "Noise", structure: Structure, *, check: bool, label: str
+    ) -> "Taylor":
         """Return the expansion about the mean of q, with E_q[∇ℓ] and E_q[∇²ℓ], by one pass over the data.
 
-        The gradient is averaged over all draws that `noise` gives, the Hessian over the first antithetic pair of them.
-        The value is such that the expansion has the same mean over the draws as the log-likelihood.
+        The value is such that the expansion has the same mean under q as the log-likelihood.
         """
-        eta = q.transform(noise)
-        pair = eta[[0, len(eta) // 2]]
-        sums = executor.run(
-            Expansion(Gradient(eta.numpy()), HessianVector(pair.numpy(), np.eye(q.dim))),
-            check=check,
-            label=label,
-        )
-        products = torch.from_numpy(sums.products)
-        hessian = (products + products.T) / 2
-        away = eta - q.loc
-        value = float(sums.log_lik.mean() - 0.5 * ((away @ hessian) * away).sum(1).mean())
-        return cls(q.loc, value, torch.from_numpy(sums.grad).mean(0), hessian)
+        eta, at = q.transform(noise.likelihood.nodes), q.transform(noise.curvature.nodes)
+        work = Expansion(Gradient(eta.numpy()), at.numpy(), noise.curvature.weights.numpy(), structure)
+        sums = executor.run(work, check=check, label=label)
+        grad = noise.likelihood.mean(torch.from_numpy(sums.grad))
+        local = cls(q.loc, 0.0, grad, structure.arrowhead(torch.from_numpy(sums.products)))
+        value = noise.likelihood.mean(torch.from_numpy(sums.log_lik) - local.log_lik(eta)[0])
+        return replace(local, value=float(value))
 
     def log_lik(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood (K,) and its gradient (K, D) at η (K, D)."""
         away = eta - self.anchor
-        bend = away @ self.hessian
-        return self.value + away @ self.grad + 0.5 * (away * bend).sum(1), self.grad + bend
+        bent = self.bend.times(away)
+        return self.value + away @ self.grad + 0.5 * (away * bent).sum(1), self.grad + bent
 
-    def hessian_times(self, eta: Tensor, tangents: FloatArray) -> Tensor:  # noqa: ARG002  the same everywhere
-        """Return the Hessian's products (T, D) with tangents (T, D)."""
-        return torch.from_numpy(tangents) @ self.hessian
+    def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:  # noqa: ARG002  the same everywhere
+        """Return the Hessian."""
+        return self.bend
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,72 +144,157 @@ class Expectations:
 
     elbo: float
     grad: Tensor  # E_q[∇ log π] (D,)
-    curvature: DenseCurvature  # −E_q[∇² log π]
+    curvature: Curvature  # −E_q[∇² log π]
+    bend: Arrowhead  # E_q[∇²ℓ], of the likelihood alone
+
+    def target(self, q: Gaussian) -> Gaussian:
+        """Return where a full natural-gradient step from q leads: to the optimum, were log π quadratic."""
+        return optimum(q.family, q.loc + self.curvature.solve(self.grad), self.curvature)
 
     def certificate(self, q: Gaussian) -> Certificate:
         """Return the predicted distance of q to the ELBO's optimum."""
-        best = optimum(q.family, q.loc, self.curvature)
-        return Certificate.at(self.grad, self.curvature, float((q.stddev / best.stddev - 1).abs().max()))
+        return Certificate.at(self.grad, self.curvature, float((q.stddev / self.target(q).stddev - 1).abs().max()))
 
 
 @dataclass(frozen=True, eq=False)
 class Noise:
     """The draws of a run, the same throughout, so that ELBOs can be compared."""
 
-    likelihood: Tensor  # ε (K, noise_dim)
-    prior: Tensor  # ε (K', noise_dim), more of them: they cost no data, and the scales of a hierarchy are skewed
+    likelihood: Rule  # of the log-likelihood and its gradient
+    curvature: Rule  # of its Hessian, which costs more
+    prior: Rule  # of the prior, which costs no data, and has the skewed scales of a hierarchy
 
-    def elbo(self, prior: Model, local: LocalModel, q: Gaussian) -> float:
-        """Return the ELBO of q."""
-        log_lik, _ = local.log_lik(q.transform(self.likelihood))
-        return float(log_lik.mean() + prior.log_prior(q.transform(self.prior)).mean() + q.entropy())
+    def expectations(
+        self, prior: Model, local: LocalModel, q: Gaussian, known: "Expectations | None" = None
+    ) -> Expectations:
+        """Return the ELBO of q with the derivatives that a step needs.
 
-    def expectations(self, prior: Model, local: LocalModel, q: Gaussian) -> Expectations:
-        """Return the ELBO of q with the derivatives that a step needs."""
-        eta, prior_eta = q.transform(self.likelihood), q.transform(self.prior).requires_grad_()
+        The Hessian of the likelihood is a control variate: what a quadratic with it has for an error at these draws is
+        known, and taken out of the ELBO.
+
+        Parameters
+        ----------
+        known
+            Expectations near q, whose curvature is then taken for that at q.
+
+        """
+        eta, prior_eta = q.transform(self.likelihood.nodes), q.transform(self.prior.nodes).requires_grad_()
         log_lik, grads = local.log_lik(eta)
-        log_prior = prior.log_prior(prior_eta).mean()
-        grad = grads.mean(0)
+        log_prior = self.prior.weights @ prior.log_prior(prior_eta)
+        grad = self.likelihood.mean(grads)
         if log_prior.requires_grad:  # unlike a flat prior's
             grad = grad + torch.autograd.grad(log_prior, prior_eta)[0].sum(0)
+        if known is None:
+            bend = local.hessian(q.transform(self.curvature.nodes), self.curvature.weights)
+            of_prior = prior_hessian(prior, Rule(prior_eta, self.prior.weights), bend.structure)
+            curvature = Curvature.of(-(bend + of_prior))
+        else:
+            bend, curvature = known.bend, known.curvature
+        away = eta - q.loc
+        sampled = self.likelihood.mean((bend.times(away) * away).sum(1))
+        error = 0.5 * (sampled - _trace(bend, q))
+        elbo = float(self.likelihood.mean(log_lik) - error + log_prior.detach() + q.entropy())
+        return Expectations(elbo, grad, curvature, bend)
 
-        def precision_times(tangents: FloatArray) -> Tensor:
-            return -(local.hessian_times(eta, tangents) + prior_products(prior, prior_eta, tangents))
 
-        curvature = DenseCurvature.of(precision_times(np.eye(q.dim)))
-        return Expectations(float(log_lik.mean() + log_prior.detach() + q.entropy()), grad, curvature)
+def _trace(matrix: Arrowhead, q: Gaussian) -> Tensor:
+    """Return tr(HΣ), twice the mean of a quadratic with Hessian H under q, less its value at the mean."""
+    if isinstance(q.family, MeanField):
+        return matrix.diagonal() @ q.stddev.square()
+    return (matrix.matrix() * q.covariance_matrix).sum()
 
 
-def solve(prior: Model, local: LocalModel, q: Gaussian, noise: Noise, tol: float, radius: float = math.inf) -> Gaussian:
+def solve(
+    prior: Model,
+    local: LocalModel,
+    q: Gaussian,
+    seen: Expectations,
+    noise: Noise,
+    tol: float,
+    radius: float = math.inf,
+) -> tuple[Gaussian, Expectations]:
     """Move q to the fixed point of a local model, to a fraction of `tol`, at most about `radius` posterior sds away.
 
     E_q[∇ log π] = 0 and Σ⁻¹ = −E_q[∇² log π] (its diagonal for mean field), by natural-gradient steps with a line
     search on the ELBO: μ ← μ + t P⁻¹ E_q[∇ log π], Σ⁻¹ ← P (Khan & Rue 2023, "The Bayesian learning rule", section
-    3).
+    3). P is measured anew when a step with it contracts too little, and where the search ends (Shamanskii 1967).
+
+    Parameters
+    ----------
+    seen
+        What q sees of the local model.
+
+    Returns
+    -------
+    q, seen
+        Where the search ended, and what it saw there, its curvature measured there; `q` itself if the ELBO does not
+        rise.
+
     """
-    seen = noise.expectations(prior, local, q)
-    room = radius
+    unit, room, fresh = seen.curvature.stddev, radius, True
+    history: list[Iterate] = []
     for _ in range(SEARCH_STEPS):
-        step = seen.curvature.solve(seen.grad)
-        length = float((step / seen.curvature.stddev).abs().max())
-        change = float((optimum(q.family, q.loc, seen.curvature).stddev / q.stddev - 1).abs().max())
-        if max(length, change) < SOLVED * tol or room <= 0:
+        target = seen.target(q)
+        length = distance(q, target, seen.curvature)
+        change = float((target.stddev / q.stddev - 1).abs().max())
+        settled = max(length, change) < SOLVED * tol or room <= 0
+        if settled and fresh:
             break
-        fraction = min(1.0, room / length) if length > 0 else 1.0
-        while True:
-            candidate = optimum(q.family, q.loc + fraction * step, _mixed(q, seen.curvature, fraction))
-            if noise.elbo(prior, local, candidate) >= seen.elbo - NEGLIGIBLE_NATS:
+        found = None
+        if not settled:
+            fraction = min(1.0, room / length) if length > 0 else 1.0
+            history = [*history, iterate(q, target, unit)] if fraction == 1 else []
+            steps = _steps(q, target, seen.curvature, fraction, accelerated_member(q, history, unit))
+            looks = ((step, noise.expectations(prior, local, step, known=seen)) for step in steps)
+            found = next((look for look in looks if look[1].elbo >= seen.elbo - NEGLIGIBLE_NATS), None)
+            if found is None and fresh:
                 break
-            fraction /= 2
-            if fraction < SHORTEST_FRACTION:
-                return q
-        room -= fraction * length
-        q, seen = candidate, noise.expectations(prior, local, candidate)
-    return q
+        if found is None:
+            seen, fresh = noise.expectations(prior, local, q), True
+            continue
+        there, look = found
+        room -= distance(q, there, seen.curvature)
+        fresh = not distance(there, look.target(there), look.curvature) < CONTRACTION * length
+        q, seen = there, noise.expectations(prior, local, there) if fresh else look
+    return q, seen
 
 
-def _mixed(q: Gaussian, curvature: DenseCurvature, fraction: float) -> DenseCurvature:
-    """Return the curvature (1 − t) Σ⁻¹ + t P."""
+def distance(q: Gaussian, other: Gaussian, curvature: Curvature) -> float:
+    """Return the largest difference of two means, over coordinates, in posterior sds."""
+    return float(((other.loc - q.loc) / curvature.stddev).abs().max())
+
+
+def _steps(
+    q: Gaussian, target: Gaussian, curvature: Curvature, fraction: float, faster: Gaussian | None
+) -> Iterator[Gaussian]:
+    """Yield where to step: by acceleration if there is any, then that fraction of the way to the target, then less."""
+    if faster is not None:
+        yield faster
+    while fraction > SHORTEST_FRACTION:
+        yield optimum(q.family, torch.lerp(q.loc, target.loc, fraction), _mixed(q, curvature, fraction))
+        fraction /= 2
+
+
+def iterate(q: Gaussian, target: Gaussian, unit: Tensor) -> Iterate:
+    """Return q and the way to `target` as an iterate: means in `unit` (D,), and log sds."""
+    residual = [(target.loc - q.loc) / unit, (target.stddev / q.stddev).log()]
+    return Iterate(torch.cat([q.loc / unit, q.stddev.log()]), torch.cat(residual))
+
+
+def accelerated_member(q: Gaussian, history: Sequence[Iterate], unit: Tensor) -> Gaussian | None:
+    """Return the accelerated next Gaussian; None where there is nothing to accelerate by, or q is no mean field."""
+    if len(history) < 2 or not isinstance(q.family, MeanField):
+        return None
+    loc, log_scale = accelerated(history).split(q.dim)
+    return Gaussian(q.family, {"loc": unit * loc, "log_scale": log_scale})
+
+
+def _mixed(q: Gaussian, curvature: Curvature, fraction: float) -> Curvature:
+    """Return the curvature (1 − t) Σ⁻¹ + t P, as far as q's family needs it."""
     if fraction == 1:
         return curvature
-    return DenseCurvature.of((1 - fraction) * torch.linalg.inv(q.covariance_matrix) + fraction * curvature.precision)
+    if isinstance(q.family, MeanField):
+        precision = curvature.precision_diagonal
+        return Curvature.diagonal((1 - fraction) * q.stddev.square().reciprocal() + fraction * precision)
+    mixed = (1 - fraction) * torch.linalg.inv(q.covariance_matrix) + fraction * curvature.precision.matrix()
+    return Curvature.dense(mixed)

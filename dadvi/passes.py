@@ -14,11 +14,16 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
 from dadvi.sharding.cache import ChunkCache
+from dadvi.structure import Structure
 from dadvi.types import Batch, FloatArray
+
+MOST_TANGENTS, NUMBERS_AT_ONCE = 32, 2**22
+"""Tangents of a Hessian taken at once, and numbers that they may need in a step: the two bound its memory."""
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 """What a pass yields: a NamedTuple of float64 arrays, summed elementwise."""
@@ -83,28 +88,22 @@ class HessianSums(NamedTuple):
 
 @dataclass(frozen=True)
 class HessianVector(Pass[HessianSums]):
-    """Hessian-vector products mean_k Σ_i ∇²ℓ_i(η_k) v_t at T tangents, by reverse over reverse (Pearlmutter 1994)."""
+    """Hessian-vector products Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t at T tangents, by reverse over reverse (Pearlmutter 1994)."""
 
     name: ClassVar[str] = "hessian_vector"
     points: FloatArray  # (K, D) unconstrained
     tangents: FloatArray  # (T, D)
-    tangents_at_once: ClassVar[int] = 32  # bounds memory to that many times a gradient's
+    weights: FloatArray | None = None  # w (K,); None for the mean over the points
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> HessianSums:
         """Return the products of one chunk."""
+        num_points = len(self.points)
+        weights = np.full(num_points, 1 / num_points) if self.weights is None else self.weights
         eta = torch.tensor(self.points, requires_grad=True)
         log_lik = model.log_lik(eta, batch)
-        (grad,) = torch.autograd.grad(log_lik.sum(), eta, create_graph=True, allow_unused=True, materialize_grads=True)
-        if not grad.requires_grad:  # linear in η
-            return HessianSums(np.zeros_like(self.tangents))
-        products = []
-        for part in torch.from_numpy(self.tangents).split(self.tangents_at_once):
-            outputs = part[:, None].expand(-1, *eta.shape)  # (t, K, D): the same tangent at every point
-            (product,) = torch.autograd.grad(
-                grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            products.append(product.mean(1))
-        return HessianSums(torch.cat(products).numpy())
+        work = num_points * len(next(iter(batch.values())))
+        tangents = torch.from_numpy(self.tangents)
+        return HessianSums(hessian_products(log_lik.sum(), eta, torch.from_numpy(weights), tangents, work).numpy())
 
 
 class ExpansionSums(NamedTuple):
@@ -112,20 +111,58 @@ class ExpansionSums(NamedTuple):
 
     log_lik: FloatArray  # (K,)
     grad: FloatArray  # (K, D)
-    products: FloatArray  # (T, D)
+    products: FloatArray  # (G + C, D)
 
 
 @dataclass(frozen=True)
 class Expansion(Pass[ExpansionSums]):
-    """What a second-order expansion needs, in one read: `Gradient` at points (K, D), `HessianVector` about others."""
+    """What a second-order expansion needs, in one read: `Gradient` at points, and the Hessian's products about others.
+
+    Their tangents are those of its structure and are made here, so that the message grows with D alone.
+    """
 
     name: ClassVar[str] = "expansion"
     gradient: Gradient
-    hessian: HessianVector
+    points: FloatArray  # (K', D) unconstrained
+    weights: FloatArray  # w (K',)
+    structure: Structure
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> ExpansionSums:
-        """Return the sums of both for one chunk."""
-        return ExpansionSums(*self.gradient.on_chunk(model, batch), *self.hessian.on_chunk(model, batch))
+        """Return the sums for one chunk."""
+        hessian = HessianVector(self.points, self.structure.tangents(), self.weights)
+        return ExpansionSums(*self.gradient.on_chunk(model, batch), *hessian.on_chunk(model, batch))
+
+
+def hessian_products(value: Tensor, eta: Tensor, weights: Tensor, tangents: Tensor, work: int) -> Tensor:
+    """Return Σ_k w_k ∇²f(η_k) v_t (T, D) for a scalar Σ_k f(η_k).
+
+    Parameters
+    ----------
+    value
+        The scalar.
+    eta, weights
+        Points (K, D) that it was computed from, and w (K,).
+    tangents
+        v (T, D): the same at every point.
+    work
+        Numbers that one tangent needs in a step of the computation; bounds how many are taken at once.
+
+    """
+    nothing = torch.zeros(tangents.shape, dtype=eta.dtype)
+    if not value.requires_grad:  # constant in η
+        return nothing
+    (grad,) = torch.autograd.grad(value, eta, create_graph=True, allow_unused=True, materialize_grads=True)
+    if not grad.requires_grad:  # linear in η
+        return nothing
+    at_once = max(1, min(MOST_TANGENTS, NUMBERS_AT_ONCE // max(work, eta.numel())))
+    products = []
+    for part in tangents.split(at_once):
+        outputs = part[:, None].expand(-1, *eta.shape)  # (t, K, D)
+        (product,) = torch.autograd.grad(
+            grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        products.append(torch.einsum("tkd,k->td", product, weights))
+    return torch.cat(products)
 
 
 def add(a: Sums, b: Sums) -> Sums:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dadvi.errors import DataError, InputError
 from dadvi.families import FAMILIES, Family, Gaussian, check_known
-from dadvi.quadratic import Certificate
+from dadvi.quadratic import Certificate, Curvature
 from dadvi.sharding.location import Location, Options, open_store, resolve
 from dadvi.sharding.output import output
 from dadvi.supports import support_from_json, support_to_json
@@ -43,7 +43,7 @@ SUMMARY_DRAWS = 20_000
 class TraceRow:
     """One line of a run's trace."""
 
-    phase: str  # what the row tells of: "round" or "rejected" (anchored), "step", "epochs" or "certificate" (ADVI)
+    phase: str  # what the row tells of: "round", "rejected" or "descent" (anchored), "step", "epochs" or "certificate" (ADVI)
     step: int  # steps or rounds so far
     passes: float  # rows read so far, over N
     rows_read: int
@@ -52,6 +52,7 @@ class TraceRow:
     rhat: float = math.nan  # RMS of split R-hat of the iterates
     mcse: float = math.nan  # largest Monte Carlo standard error of their average, in posterior sds
     certificate: float = math.nan  # largest predicted distance to the optimum, in posterior sds
+    length: float = math.nan  # of the step that led here, its largest coordinate in posterior sds
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class Fitted:
     passes: float
     certificate: Certificate | None
     trace: tuple[TraceRow, ...]
+    curvature: Curvature | None  # −E_q[∇² log π]; None where it could not be held
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ certificate.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.optimize
@@ -22,22 +22,24 @@ from dadvi.errors import InputError, ModelError
 from dadvi.executors import Executor
 from dadvi.families import Family, FullRank, Gaussian, LowRank, MeanField
 from dadvi.model import Model
-from dadvi.passes import Gradient, HessianVector
+from dadvi.passes import Gradient, HessianVector, hessian_products
+from dadvi.quadrature import Rule
 from dadvi.sharding import Manifest
 from dadvi.sharding.sampling import subsample
+from dadvi.structure import Arrowhead, Structure
 from dadvi.types import FloatArray, Purpose, random_stream
 
 DENSE_LIMIT = 2_000
-"""Up to this many coordinates the curvature is held as a dense matrix; beyond, its diagonal is estimated."""
+"""Up to this many coordinates a curvature without structure is held in full; beyond, its diagonal is estimated."""
 
 CURVATURE_WORK = 1e8
 """Rows times tangents spent on one measurement of the curvature; beyond, a sample of chunks stands for the data."""
 
 DIAGONAL_PROBES = 32
 CERTIFICATE_DRAWS = 16
-TANGENTS_AT_ONCE = 32
-PRIOR_DRAWS = 512
-"""Draws for the prior's part of a certificate: they cost no data, and the skewed scales of a hierarchy need them."""
+PRIOR_DRAWS, FEWEST_PRIOR_DRAWS, PRIOR_NUMBERS = 512, 32, 2**18
+"""Draws for the prior's part of an expectation: they cost no data, and the skewed scales of a hierarchy need them. In
+many dimensions they are fewer, so that together they have about `PRIOR_NUMBERS` numbers."""
 
 FLAT = 1e-11
 """Eigenvalues, at a unit diagonal, below this fraction of the largest make a direction flat: far below what collinear
@@ -46,160 +48,219 @@ predictors give (1e-5 for a correlation of 0.99999), and above float64's noise."
 _SMALLEST = 1e-12  # eigenvalues below this fraction of the largest are noise in float64
 
 
-class Curvature(ABC):
-    """A positive definite precision P, with P⁻¹ = R Rᵀ for a root R."""
-
-    precision_diagonal: Tensor  # P_jj (D,)
-
-    @abstractmethod
-    def root_times(self, v: Tensor) -> Tensor:
-        """Return R v (D,): v has unit covariance where R v has covariance P⁻¹."""
-
-    @abstractmethod
-    def root_transpose_times(self, g: Tensor) -> Tensor:
-        """Return Rᵀ g (D,)."""
-
-
 @dataclass(frozen=True, eq=False)
-class DenseCurvature(Curvature):
-    """A curvature known in full."""
+class Curvature:
+    """A positive definite precision P, with P⁻¹ = R Rᵀ for a root R.
 
-    precision_diagonal: Tensor  # (D,)
-    root: Tensor  # R (D, D), lower triangular with a positive diagonal
+    R is triangular by blocks, groups first: eliminating the groups leaves the Schur complement of the dense
+    coordinates, S = A − Σ_j B_jᵀ D_j⁻¹ B_j, in the notation of `dadvi.structure`.
+    """
+
+    precision: Arrowhead  # P
+    dense_root: Tensor  # (G, G), lower triangular with a positive diagonal: S⁻¹ is its product with its transpose
+    group_roots: Tensor  # (J, C, C): likewise of each D_j⁻¹
+    coupling: Tensor  # W_j = group_rootᵀ B_j (J, C, G)
     flat: bool = False  # whether log π hardly bends in some direction: there is no distance to an optimum then
 
     @classmethod
-    def of(cls, matrix: Tensor) -> "DenseCurvature":
-        """Build from a symmetric matrix (D, D), which may be indefinite.
+    def of(cls, matrix: Arrowhead) -> "Curvature":
+        """Build from a symmetric matrix, which may be indefinite.
 
-        Eigenvalues are taken after scaling to a unit diagonal, so that the coordinates' units do not matter, and in
-        absolute value, so that the step P⁻¹g is uphill also where log π is not concave.
+        Eigenvalues of the blocks and of the Schur complement are taken in absolute value, so that the step P⁻¹g is
+        uphill also where log π is not concave, and after scaling to a unit diagonal, so that the coordinates' units do
+        not matter.
         """
-        if not matrix.isfinite().all():
-            first = int((~matrix.isfinite()).any(1).nonzero()[0, 0])
-            raise ModelError(
-                f"the second derivative of the log posterior is not finite in unconstrained coordinate {first}; the "
-                "prior or the "
-                "likelihood has none where the fit stands: move the start, which is the prior's mean, or smooth the "
-                "model"
-            )
-        diagonal = matrix.diagonal().abs()
-        unit = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()  # (D,)
-        eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2 / unit[:, None] / unit)
-        eigenvalues = eigenvalues.abs()
-        flat = bool(eigenvalues.min() <= FLAT * eigenvalues.max())
-        eigenvalues = eigenvalues.clamp(min=_SMALLEST * float(eigenvalues.max().clamp(min=_SMALLEST)))
-        # V Λ^-½ is a root of P⁻¹, and so is the triangular factor of its QR decomposition, without squaring Λ's range.
-        upper = torch.linalg.qr((vectors * eigenvalues.rsqrt()).T, mode="r").R
-        root = upper.T * upper.diagonal().sign() / unit[:, None]
-        return cls((vectors.square() @ eigenvalues) * unit.square(), root, flat)
+        _check_finite(matrix)
+        units = matrix.blocks.diagonal(dim1=1, dim2=2).abs()
+        units = torch.where(units > 0, units, torch.ones_like(units)).sqrt()  # (J, C)
+        blocks, group_roots, flat_group = _definite(matrix.blocks, units)
+        coupling = group_roots.mT @ matrix.cross
+        flattened = coupling.flatten(0, 1)  # (J C, G)
+        eliminated = flattened.T @ flattened
+        unit = matrix.corner.diagonal().abs()
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit)).sqrt()
+        schur, root, flat_dense = _definite(matrix.corner - eliminated, unit)
+        if len(root):
+            # A root is triangular after the QR decomposition of its transpose, without squaring its range.
+            upper = torch.linalg.qr(root.T, mode="r").R
+            root = upper.T * upper.diagonal().sign()
+        precision = Arrowhead(matrix.structure, schur + eliminated, matrix.cross, blocks)
+        return cls(precision, root, group_roots, coupling, flat_group or flat_dense)
+
+    @classmethod
+    def dense(cls, matrix: Tensor) -> "Curvature":
+        """Build from a symmetric matrix (D, D), as `of`."""
+        return cls.of(Arrowhead.dense((matrix + matrix.T) / 2))
+
+    @classmethod
+    def diagonal(cls, diagonal: Tensor) -> "Curvature":
+        """Build from the elements (D,) of a diagonal, as `of`."""
+        return cls.of(Arrowhead.of_diagonal(diagonal))
 
     @property
+    def structure(self) -> Structure:
+        """Which coordinates curve together."""
+        return self.precision.structure
+
+    @property
+    def is_full(self) -> bool:
+        """Whether any coordinate may curve with any other."""
+        return self.structure.groups.numel() == 0
+
+    @cached_property
+    def precision_diagonal(self) -> Tensor:
+        """P_jj (D,)."""
+        return self.precision.diagonal()
+
+    @cached_property
     def stddev(self) -> Tensor:
         """Posterior sds √(P⁻¹)_jj (D,) of the quadratic model."""
-        return self.root.square().sum(1).sqrt()
+        variance = torch.empty_like(self.precision_diagonal)
+        variance[self.structure.dense] = self.dense_root.square().sum(1)
+        shared = self.group_roots @ (self.coupling @ self.dense_root)  # (J, C, G)
+        variance[self.structure.groups] = self.group_roots.square().sum(2) + shared.square().sum(2)
+        return variance.sqrt()
 
-    @property
-    def precision(self) -> Tensor:
-        """The matrix P (D, D)."""
-        inverse = torch.linalg.solve_triangular(
-            self.root, torch.eye(len(self.root), dtype=self.root.dtype), upper=False
-        )
-        precision: Tensor = inverse.T @ inverse
-        return precision
+    @cached_property
+    def root(self) -> Tensor:
+        """R (D, D), lower triangular with a positive diagonal; of a curvature that is full."""
+        if self.is_full:
+            return self.dense_root
+        return Curvature.dense(self.precision.matrix()).dense_root
 
     def root_times(self, v: Tensor) -> Tensor:
-        """Return R v (D,)."""
-        return self.root @ v
+        """Return R v (..., D): v has unit covariance where R v has covariance P⁻¹."""
+        result = torch.empty_like(v)
+        dense = v[..., self.structure.dense] @ self.dense_root.T
+        rest = v[..., self.structure.groups] - torch.einsum("jcg,...g->...jc", self.coupling, dense)
+        result[..., self.structure.dense] = dense
+        result[..., self.structure.groups] = torch.einsum("jbc,...jc->...jb", self.group_roots, rest)
+        return result
 
     def root_transpose_times(self, g: Tensor) -> Tensor:
-        """Return Rᵀ g (D,)."""
-        return self.root.T @ g
+        """Return Rᵀ g (..., D)."""
+        result = torch.empty_like(g)
+        groups = torch.einsum("jbc,...jb->...jc", self.group_roots, g[..., self.structure.groups])
+        dense = g[..., self.structure.dense] - torch.einsum("jcg,...jc->...g", self.coupling, groups)
+        result[..., self.structure.dense] = dense @ self.dense_root
+        result[..., self.structure.groups] = groups
+        return result
 
     def solve(self, g: Tensor) -> Tensor:
-        """Return P⁻¹ g (D,)."""
-        return self.root @ (self.root.T @ g)
+        """Return P⁻¹ g (..., D)."""
+        return self.root_times(self.root_transpose_times(g))
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalCurvature(Curvature):
-    """The diagonal of a curvature too large to be held in full."""
+def _check_finite(matrix: Arrowhead) -> None:
+    finite = (
+        matrix.corner.isfinite().all() and matrix.cross.isfinite().all() and bool(matrix.blocks.isfinite().all())
+    )
+    if finite:
+        return
+    bad = matrix.corner.new_zeros(matrix.structure.dim, dtype=torch.bool)
+    bad[matrix.structure.dense] = ~matrix.corner.isfinite().all(1)
+    bad[matrix.structure.groups] = ~(matrix.blocks.isfinite().all(2) & matrix.cross.isfinite().all(2))
+    raise ModelError(
+        f"the second derivative of the log posterior is not finite in unconstrained coordinate {int(bad.nonzero()[0])};"
+        " the prior or the likelihood has none where the fit stands: move the start, which is the prior's mean, or "
+        "smooth the model"
+    )
 
-    precision_diagonal: Tensor  # (D,)
 
-    def root_times(self, v: Tensor) -> Tensor:
-        """Return v / √P_jj."""
-        return v * self.precision_diagonal.rsqrt()
+def _definite(matrices: Tensor, units: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Make symmetric matrices (..., n, n) positive definite, by absolute eigenvalues in units (..., n).
 
-    def root_transpose_times(self, g: Tensor) -> Tensor:
-        """Return g / √P_jj."""
-        return g * self.precision_diagonal.rsqrt()
-
-
-def curvature_of(hessian_times: Callable[[FloatArray], Tensor], dim: int, seed: int) -> Curvature:
-    """Measure a curvature through products with its matrix.
-
-    Parameters
-    ----------
-    hessian_times
-        Maps tangents (T, D) to products (T, D) with −E_q[∇² log π].
-    dim
-        D. Up to `DENSE_LIMIT` the unit vectors are the tangents; beyond, the diagonal is estimated from random ±1
-        probes (Bekas, Kokiopoulou & Saad 2007).
+    Returns
+    -------
+    definite, root, flat
+        The matrices (..., n, n), unchanged where they were definite; roots (..., n, n) of their inverses, not
+        triangular; and whether some eigenvalue is next to nothing beside the largest.
 
     """
-    if dim <= DENSE_LIMIT:
-        return DenseCurvature.of(hessian_times(np.eye(dim)))
-    probes = random_stream(seed, Purpose.CURVATURE).choice([-1.0, 1.0], size=(DIAGONAL_PROBES, dim))
-    diagonal = (torch.from_numpy(probes) * hessian_times(probes)).mean(0).abs()
-    return DiagonalCurvature(diagonal.clamp(min=_SMALLEST * float(diagonal.max())))
+    if matrices.numel() == 0:
+        return matrices, matrices, False
+    scale = units[..., :, None] * units[..., None, :]
+    eigenvalues, vectors = torch.linalg.eigh(matrices / scale)
+    size = eigenvalues.abs()
+    largest = size.amax(-1, keepdim=True)
+    flat = bool((size <= FLAT * largest.clamp(min=1)).any())  # 1: what the units are, before groups are eliminated
+    size = torch.maximum(size, _SMALLEST * largest.clamp(min=_SMALLEST))
+    changed = (size != eigenvalues).any(-1)[..., None, None]
+    definite = torch.where(changed, (vectors * size[..., None, :]) @ vectors.mT * scale, matrices)
+    return definite, vectors * size.rsqrt()[..., None, :] / units[..., :, None], flat
 
 
 def measure_curvature(
-    executor: Executor, eta: Tensor, chunks: Sequence[int], seed: int, prior_eta: Tensor | None = None
+    executor: Executor,
+    eta: Tensor,
+    chunks: Sequence[int],
+    seed: int,
+    structure: Structure | None,
+    prior_eta: Tensor | None = None,
 ) -> Curvature:
     """Measure −mean_k ∇² log π(η_k) at points η (K, D) on the chunks given, which stand for all the data.
 
     The sum over m of C chunks is scaled by C/m. Prior and log-det enter once, at the same points or at `prior_eta`
     (K', D).
+
+    Parameters
+    ----------
+    structure
+        Of the Hessian. None for one without structure and too large to be held: its diagonal is then estimated from
+        random ±1 probes (Bekas, Kokiopoulou & Saad 2007).
+
     """
     prior_eta = eta if prior_eta is None else prior_eta
     factor = executor.data.manifest.num_chunks / len(chunks)
+    tangents = diagonal_probes(eta.shape[1], seed) if structure is None else structure.tangents()
+    sums = executor.run(HessianVector(eta.numpy(), tangents), chunks, check=True, label="curvature")
+    prior = prior_products(executor.model.model, Rule.equal(prior_eta), tangents)
+    products = -(factor * torch.from_numpy(sums.products) + prior)
+    return curvature_of(products, tangents, structure)
 
-    def hessian_times(tangents: FloatArray) -> Tensor:
-        sums = executor.run(HessianVector(eta.numpy(), tangents), chunks, check=True, label="curvature")
-        return -(factor * torch.from_numpy(sums.products) + prior_products(executor.model.model, prior_eta, tangents))
 
-    return curvature_of(hessian_times, eta.shape[1], seed)
+def diagonal_probes(dim: int, seed: int) -> FloatArray:
+    """Return random ±1 tangents (T, D) that tell the diagonal of a matrix without structure."""
+    return random_stream(seed, Purpose.CURVATURE).choice([-1.0, 1.0], size=(DIAGONAL_PROBES, dim))
 
 
-def curvature_chunks(manifest: Manifest, dim: int, seed: int) -> Sequence[int]:
+def curvature_of(products: Tensor, tangents: FloatArray, structure: Structure | None) -> Curvature:
+    """Return the curvature that products (T, D) with the structure's tangents tell; without one, with probes."""
+    if structure is not None:
+        return Curvature.of(structure.arrowhead(products))
+    diagonal = (torch.from_numpy(tangents) * products).mean(0).abs()
+    return Curvature.diagonal(diagonal.clamp(min=_SMALLEST * float(diagonal.max())))
+
+
+def curvature_chunks(manifest: Manifest, structure: Structure | None, seed: int) -> Sequence[int]:
     """Return as many chunks as `CURVATURE_WORK` allows for: all of them, or a random sample."""
-    tangents = dim if dim <= DENSE_LIMIT else DIAGONAL_PROBES
+    tangents = DIAGONAL_PROBES if structure is None else structure.num_tangents
     num_chunks = max(1, int(CURVATURE_WORK / tangents / manifest.chunk_rows))
     if num_chunks >= manifest.num_chunks:
         return range(manifest.num_chunks)
     return [int(chunk) for chunk in subsample(manifest, num_chunks, seed, purpose=Purpose.CURVATURE, step=1)]
 
 
-def prior_products(model: Model, eta: Tensor, tangents: FloatArray) -> Tensor:
-    """Return the mean over points η (K, D) of Hessian-vector products (T, D) of log p(T(η)) + log|det J_T(η)|."""
-    eta = eta.detach().requires_grad_()
-    prior = model.log_prior(eta).sum()
-    grad = torch.autograd.grad(prior, eta, create_graph=True)[0] if prior.requires_grad else prior
-    if not grad.requires_grad:  # constant or linear in η
-        return torch.zeros(tangents.shape, dtype=eta.dtype)
-    products = []
-    for part in torch.from_numpy(tangents).split(TANGENTS_AT_ONCE):
-        outputs = part[:, None].expand(-1, *eta.shape)  # (t, K, D): the same tangent at every point
-        (product,) = torch.autograd.grad(
-            grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        products.append(product.mean(1))
-    return torch.cat(products)
+def prior_products(model: Model, at: Rule, tangents: FloatArray) -> Tensor:
+    """Return the mean over points η (K, D) of Hessian-vector products (T, D) of log p(T(η)) + log|det J_T(η)|.
+
+    Parameters
+    ----------
+    at
+        The points, as nodes of a rule, and their weights.
+
+    """
+    eta = at.nodes.detach().requires_grad_()
+    value = model.log_prior(eta).sum()
+    return hessian_products(value, eta, at.weights, torch.from_numpy(tangents), eta.numel())
 
 
-def optimum(family: Family, loc: Tensor, curvature: DenseCurvature) -> Gaussian:
+def prior_hessian(model: Model, at: Rule, structure: Structure) -> Arrowhead:
+    """Return the mean over points η (K, D) of the Hessian of log p(T(η)) + log|det J_T(η)|."""
+    return structure.prior_arrowhead(prior_products(model, at, structure.prior_tangents()))
+
+
+def optimum(family: Family, loc: Tensor, curvature: Curvature) -> Gaussian:
     """Return the member at `loc` (D,) with the largest ELBO where log π has this curvature.
 
     Mean field has Σ_jj = 1/P_jj and full rank Σ = P⁻¹. Low rank maximises −½ tr(PΣ) + ½ log|Σ|, by L-BFGS in units of
@@ -214,7 +275,7 @@ def optimum(family: Family, loc: Tensor, curvature: DenseCurvature) -> Gaussian:
         raise InputError(f"family {family.name!r} has no optimum by curvature; use mean_field, full_rank or low_rank")
     unit = curvature.precision_diagonal.rsqrt()
     root = curvature.root / unit[:, None]  # of the covariance in u = (η − loc)/unit
-    precision = unit[:, None] * curvature.precision * unit
+    precision = unit[:, None] * curvature.precision.matrix() * unit
     values, vectors = torch.linalg.eigh(root @ root.T)
     leading = (values[-family.rank :] - 1).clamp(min=0.1).sqrt() * vectors[:, -family.rank :]
     missing = family.rank - leading.shape[1]  # a rank above D leaves columns without use
@@ -249,43 +310,63 @@ class Certificate:
     sd_error: float
 
     @classmethod
-    def at(cls, grad: Tensor, curvature: DenseCurvature, sd_error: float) -> "Certificate":
+    def at(cls, grad: Tensor, curvature: Curvature, sd_error: float) -> "Certificate":
         """Return the certificate of a gradient E_q[∇ log π] (D,): infinite where log π is flat in some direction."""
         if curvature.flat:
             return cls(math.inf, math.inf, sd_error)
         distance = curvature.solve(grad) / curvature.stddev
         return cls(float(distance.abs().max()), float(distance.square().mean().sqrt()), sd_error)
 
+    def or_farther(self, q: Gaussian, aim: Gaussian, curvature: Curvature) -> "Certificate":
+        """Return the certificate of q with every figure at least as large as what lies between q and `aim`.
+
+        A search on a local model goes on where one step of it would stop short: means and sds that depend on one
+        another, as in a hierarchy, can lie several such steps from their optimum.
+        """
+        away = (aim.loc - q.loc) / curvature.stddev
+        sd_error = float((q.stddev / aim.stddev - 1).abs().max())
+        return Certificate(
+            max(self.max, float(away.abs().max())),
+            max(self.rms, float(away.square().mean().sqrt())),
+            max(self.sd_error, sd_error),
+        )
+
     def within(self, tol: float) -> bool:
         """Tell whether means are within `tol` posterior sds, and sds, where that is known, within a fraction `tol`."""
         return self.max <= tol and not self.sd_error > tol
 
 
-def certify(executor: Executor, q: Gaussian, seed: int) -> tuple[Certificate | None, float]:
-    """Return the certificate of q and its ELBO, from one pass of gradients over all the data.
+def certify(
+    executor: Executor, q: Gaussian, seed: int, structure: Structure | None
+) -> tuple[Certificate | None, float, Curvature | None]:
+    """Return the certificate of q, its ELBO and the curvature, from one pass of gradients over all the data.
 
-    None stands for the certificate where D exceeds `DENSE_LIMIT`: without the curvature in full there is no distance.
-    The draws come in pairs ±ε, which takes the noise of a quadratic log π out of the mean gradient.
+    None stands for certificate and curvature where the Hessian has no structure and is too large to be held: without
+    it there is no distance. The draws come in pairs ±ε, which takes the noise of a quadratic log π out of the mean
+    gradient.
     """
     rng, dim, model = random_stream(seed, Purpose.CERTIFICATE), q.family.noise_dim(q.dim), executor.model.model
     eta = q.transform(draw_noise("orthogonal", CERTIFICATE_DRAWS, dim, rng))
-    prior_eta = q.transform(draw_noise("antithetic", PRIOR_DRAWS, dim, rng))
+    prior_eta = q.transform(draw_noise("antithetic", prior_draws(dim), dim, rng))
     sums = executor.run(Gradient(eta.numpy()), label="certificate")
-    nothing = torch.zeros(PRIOR_DRAWS, dtype=torch.float64)
+    nothing = torch.zeros(len(prior_eta), dtype=torch.float64)
     prior, prior_grad = log_joint(model, prior_eta, nothing, torch.zeros_like(prior_eta))
     grad = torch.from_numpy(sums.grad).mean(0) + prior_grad.mean(0)
     elbo = float(sums.log_lik.mean() + prior.mean() + q.entropy())
-    if q.dim > DENSE_LIMIT:
-        return None, elbo
+    if structure is None:
+        return None, elbo, None
     pair = eta[[0, CERTIFICATE_DRAWS // 2]]  # one antithetic pair
-    curvature = measure_curvature(
-        executor, pair, curvature_chunks(executor.data.manifest, q.dim, seed), seed, prior_eta
-    )
-    assert isinstance(curvature, DenseCurvature)  # as D is within the limit
-    return Certificate.at(grad, curvature, _sd_error(q, curvature)), elbo
+    chunks = curvature_chunks(executor.data.manifest, structure, seed)
+    curvature = measure_curvature(executor, pair, chunks, seed, structure, prior_eta)
+    return Certificate.at(grad, curvature, _sd_error(q, curvature)), elbo, curvature
 
 
-def _sd_error(q: Gaussian, curvature: DenseCurvature) -> float:
+def prior_draws(dim: int) -> int:
+    """Return how many draws the expectations of the prior take: an even number, so that all have a bounded size."""
+    return 2 * max(FEWEST_PRIOR_DRAWS // 2, min(PRIOR_DRAWS, PRIOR_NUMBERS // dim) // 2)
+
+
+def _sd_error(q: Gaussian, curvature: Curvature) -> float:
     if isinstance(q.family, MeanField):
         optimum = curvature.precision_diagonal.rsqrt()  # the ELBO's optimum has E_q[−∂²_j log π] = 1/σ_j²
     elif isinstance(q.family, FullRank):

@@ -5,7 +5,7 @@ right for the rows that S has. Its mean lies within about √(N / rows in S) pos
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TypeAlias
@@ -16,18 +16,22 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from dadvi.elbo import draw_noise, log_joint
+from dadvi.elbo import log_joint
 from dadvi.errors import ModelError, ShuffleWarning
 from dadvi.families import Gaussian, MeanField
 from dadvi.likelihood import BoundModel
 from dadvi.model import Model
 from dadvi.passes import Gradient, HessianVector, Pass, Sums, add, single_thread
-from dadvi.quadratic import curvature_of, prior_products
+from dadvi.quadratic import curvature_of, diagonal_probes, prior_products
+from dadvi.quadrature import Rule, stratified
 from dadvi.sharding import ShardedDataset, sampling
+from dadvi.structure import Structure
 from dadvi.types import Batch, FloatArray, Purpose, random_stream
 from dadvi.whitening import Whitening
 
-WARM_START_DRAWS = 16
+WARM_START_DRAWS, WARM_START_NUMBERS = 16, 2**18
+"""Draws of the warm start: fewer in many dimensions, where together they have about `WARM_START_NUMBERS` numbers."""
+
 WARM_START_ROUNDS = 8
 ROUND_ITERATIONS = 50
 LARGEST_CHANGE = 2.0
@@ -50,30 +54,57 @@ class Subsample:
     """Chunks held in memory, on which passes run at once."""
 
     model: BoundModel  # with float64 arithmetic: in float32 a solve stalls tenths of an sd away
-    batches: tuple[Batch, ...]
+    batches: Mapping[int, Batch]  # by chunk, in increasing order
 
     @classmethod
     def load(cls, model: BoundModel, data: ShardedDataset, chunks: Sequence[int]) -> "Subsample":
         """Read the chunks; floating fields become float64."""
-        batches = []
-        for chunk in chunks:
-            batch = data.read(chunk, model.fields)
-            model.check_rows(batch, data.manifest.rows(chunk)[0])
-            batches.append(
-                {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-            )
-        return cls(replace(model, dtype=torch.float64), tuple(batches))
+        return cls(replace(model, dtype=torch.float64), {}).extended(data, chunks)
+
+    def extended(self, data: ShardedDataset, chunks: Sequence[int]) -> "Subsample":
+        """Return the subsample of these chunks and those it has, reading what is new."""
+        batches = dict(self.batches)
+        for chunk in set(chunks) - set(batches):
+            batch = data.read(chunk, self.model.fields)
+            self.model.check_rows(batch, data.manifest.rows(chunk)[0])
+            batches[chunk] = {
+                name: value.double() if value.is_floating_point() else value for name, value in batch.items()
+            }
+        return Subsample(self.model, dict(sorted(batches.items())))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of S."""
+        return sum(len(next(iter(batch.values()))) for batch in self.batches.values())
+
+    def part(self, num_rows: int) -> "Subsample":
+        """Return the subsample's first chunks, with so many rows at least, or all of them."""
+        chosen: dict[int, Batch] = {}
+        for chunk, batch in self.batches.items():
+            chosen[chunk] = batch
+            if Subsample(self.model, chosen).num_rows >= num_rows:
+                break
+        return Subsample(self.model, chosen)
+
+    def each(self, work: Pass[Sums]) -> list[Sums]:
+        """Return the sums of a pass over each chunk of S."""
+        with single_thread():
+            return [work.on_chunk(self.model, batch) for batch in self.batches.values()]
 
     def run(self, work: Pass[Sums]) -> Sums:
         """Return the sums of a pass over S."""
-        with single_thread():
-            return reduce(add, [work.on_chunk(self.model, batch) for batch in self.batches])
+        return reduce(add, self.each(work))
 
 
-def warm_start(subsample: Subsample, seed: int) -> Gaussian:
+def warm_start(subsample: Subsample, structure: Structure | None, seed: int) -> Gaussian:
     """Fit a mean-field Gaussian to the posterior given S alone, by rounds of L-BFGS on the ELBO at fixed draws.
 
     Each round searches in coordinates whitened by the curvature where it starts, so that predictors may have any scale.
+
+    Parameters
+    ----------
+    structure
+        Of that curvature; None for its diagonal alone.
 
     Raises
     ------
@@ -82,25 +113,26 @@ def warm_start(subsample: Subsample, seed: int) -> Gaussian:
 
     """
     model = subsample.model.model
-    noise = draw_noise("antithetic", WARM_START_DRAWS, model.dim, random_stream(seed, Purpose.SUBSAMPLE, 1))
-    q, elbo = _improve(subsample, model.start, noise, seed)
+    num_draws = 2 * max(2, min(WARM_START_DRAWS, WARM_START_NUMBERS // model.dim) // 2)
+    noise = stratified(num_draws, model.dim, random_stream(seed, Purpose.SUBSAMPLE, 1)).nodes
+    q, elbo = _improve(subsample, structure, model.start, noise, seed)
     for _ in range(WARM_START_ROUNDS - 1):
-        better, better_elbo = _improve(subsample, q.loc, noise, seed)
+        better, better_elbo = _improve(subsample, structure, q.loc, noise, seed)
         if not better_elbo > elbo + SETTLED_NATS:
             break
         q, elbo = better, better_elbo
     return q
 
 
-def _improve(subsample: Subsample, center: Tensor, noise: Tensor, seed: int) -> tuple[Gaussian, float]:
+def _improve(
+    subsample: Subsample, structure: Structure | None, center: Tensor, noise: Tensor, seed: int
+) -> tuple[Gaussian, float]:
     """Search from N(center, 1/curvature) and return the Gaussian found and its ELBO."""
     model = subsample.model.model
-
-    def hessian_times(tangents: FloatArray) -> Tensor:
-        products = torch.from_numpy(subsample.run(HessianVector(center[None].numpy(), tangents)).products)
-        return -(products + prior_products(model, center[None], tangents))
-
-    whitening = Whitening.around(MeanField(), center, curvature_of(hessian_times, model.dim, seed))
+    tangents = diagonal_probes(model.dim, seed) if structure is None else structure.tangents()
+    products = torch.from_numpy(subsample.run(HessianVector(center[None].numpy(), tangents)).products)
+    products = -(products + prior_products(model, Rule.equal(center[None]), tangents))
+    whitening = Whitening.around(MeanField(), center, curvature_of(products, tangents, structure))
 
     def log_joint_given_s(eta: Tensor) -> tuple[Tensor, Tensor]:
         sums = subsample.run(Gradient(eta.numpy()))
@@ -188,7 +220,7 @@ def warn_if_ordered(subsample: Subsample, eta: Tensor) -> None:
 
     """
     halves = []  # (C, 2, D)
-    for batch in subsample.batches:
+    for batch in subsample.batches.values():
         if len(next(iter(batch.values()))) > 1:
             parts = ({name: values[first::2] for name, values in batch.items()} for first in (0, 1))
             halves.append([Gradient(eta[None].numpy()).on_chunk(subsample.model, part).grad[0] for part in parts])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dadvi.elbo import Entropy, Estimate, estimate
 from dadvi.families import Family, Gaussian, Params
-from dadvi.quadratic import Curvature, DenseCurvature
+from dadvi.quadratic import Curvature
 
 LogJoint: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps draws η (K, D) to log π (K,) and ∇ log π (K, D), or unbiased estimates of them."""
@@ -32,8 +32,8 @@ class Whitening:
     @classmethod
     def around(cls, family: Family, center: Tensor, curvature: Curvature) -> "Whitening":
         """Whiten about a point by the curvature there."""
-        rotated = family.takes_rotation and isinstance(curvature, DenseCurvature)
-        basis = curvature.root if rotated else curvature.precision_diagonal.rsqrt()  # type: ignore[attr-defined]
+        rotated = family.takes_rotation and curvature.is_full
+        basis = curvature.root if rotated else curvature.precision_diagonal.rsqrt()
         return cls(family, center, curvature, basis)
 
     @property

@@ -64,6 +64,8 @@ def subsample(
 ) -> IntArray:
     """Return `num_chunks` distinct chunks in increasing order, (num_chunks,), every such set being equally probable.
 
+    A larger sample from the same stream holds the smaller ones.
+
     Parameters
     ----------
     manifest
@@ -82,7 +84,7 @@ def subsample(
         raise InputError(
             f"num_chunks={num_chunks} must be from 1 to {manifest.num_chunks}, the number of chunks of the data"
         )
-    chosen = random_stream(seed, purpose, step).choice(manifest.num_chunks, num_chunks, replace=False)
+    chosen = random_stream(seed, purpose, step).permutation(manifest.num_chunks)[:num_chunks]
     return np.sort(chosen).astype(np.int64)
 
 

@@ -1,0 +1,94 @@
+"""The last resort of the anchored solver: preconditioned L-BFGS on all the data, one pass an evaluation.
+
+The scale of q stays as it is, and its mean maximises E_q[log π] at fixed draws: a smooth function of D variables,
+bounded wherever the posterior is proper, on which L-BFGS with a line search converges (Nocedal & Wright 2006, section
+7.2). The search runs in posterior sds, whitened by the curvature at its start.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.optimize
+import torch
+from scipy.optimize import OptimizeResult
+
+from dadvi.elbo import log_joint
+from dadvi.executors import Executor
+from dadvi.families import Gaussian
+from dadvi.local import Noise
+from dadvi.passes import Gradient
+from dadvi.quadratic import Curvature
+from dadvi.types import FloatArray
+
+MEMORY = 20
+"""Pairs of steps and gradients from which L-BFGS makes its curvature."""
+
+
+def descend(
+    executor: Executor,
+    q: Gaussian,
+    curvature: Curvature,
+    noise: Noise,
+    distance: float,
+    max_passes: int,
+    report: Callable[[float], None],
+) -> Gaussian | None:
+    """Move the mean of q until it is within a predicted distance of its optimum, or passes run out.
+
+    Parameters
+    ----------
+    curvature
+        −E_q[∇² log π], or what there is of it: the search is right whatever it is, and fast if it is near.
+    distance
+        In posterior sds, as the curvature predicts it from the gradient.
+    max_passes
+        Evaluations at most; at least 1 is made.
+    report
+        Called with E_q[log π] after every evaluation.
+
+    Returns
+    -------
+    Gaussian or None
+        None if nothing better than q was found.
+
+    """
+    model = executor.model.model
+    best_value, best, first = -np.inf, q.loc, -np.inf
+
+    def expected_log_joint(mean: torch.Tensor) -> tuple[float, torch.Tensor]:
+        moved = Gaussian(q.family, {**q.params, "loc": mean})
+        eta, prior_eta = moved.transform(noise.likelihood.nodes), moved.transform(noise.prior.nodes)
+        sums = executor.run(Gradient(eta.numpy()), label="descent")
+        prior, prior_grad = log_joint(model, prior_eta, torch.zeros(len(prior_eta)).double(), 0 * prior_eta)
+        value = noise.likelihood.mean(torch.from_numpy(sums.log_lik)) + noise.prior.mean(prior)
+        grad = noise.likelihood.mean(torch.from_numpy(sums.grad)) + noise.prior.mean(prior_grad)
+        return float(value), grad
+
+    def loss(v: FloatArray) -> tuple[float, FloatArray]:
+        nonlocal best_value, best, first, last_grad
+        mean = q.loc + curvature.root_times(torch.from_numpy(v.copy()))
+        value, grad = expected_log_joint(mean)
+        report(value)
+        if not (np.isfinite(value) and grad.isfinite().all()):  # the line search turns back
+            return np.inf, np.zeros_like(v)
+        first = value if not np.isfinite(first) else first
+        if value > best_value:
+            best_value, best = value, mean
+        last_grad = grad
+        return -value, -curvature.root_transpose_times(grad).numpy()
+
+    last_grad = torch.full_like(q.loc, np.inf)
+
+    def stop_if_near(intermediate_result: OptimizeResult) -> None:  # noqa: ARG001  SciPy goes by the name
+        if float((curvature.solve(last_grad) / curvature.stddev).abs().max()) <= distance:
+            raise StopIteration
+
+    scipy.optimize.minimize(
+        loss,
+        np.zeros(q.dim),
+        jac=True,
+        method="L-BFGS-B",
+        callback=stop_if_near,
+        options={"maxfun": max_passes, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
+    )
+    return Gaussian(q.family, {**q.params, "loc": best}) if best_value > first else None

@@ -1,0 +1,90 @@
+"""Finding the structure of a model's Hessian: which latents are effects of groups, by tests and not by assumption."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dadvi.model import Model
+from dadvi.passes import HessianVector
+from dadvi.quadratic import DENSE_LIMIT, prior_products
+from dadvi.quadrature import Rule
+from dadvi.structure import Structure
+from dadvi.subsample import Subsample
+from dadvi.transforms import Site
+from dadvi.types import Purpose, random_stream
+
+FEWEST_GROUPS = 16
+"""Groups below which a latent's coordinates are taken as dense: probing would save next to nothing."""
+
+LARGEST_CROSS = 4e7
+"""Numbers in the curvature that dense coordinates share with all others, at most."""
+
+AGREEMENT = 1e-6
+"""Difference of two probes, beside the largest curvature, up to which they agree."""
+
+
+def find_structure(subsample: Subsample, seed: int) -> Structure | None:
+    """Return the structure of the Hessians of likelihood and prior, as probes of the subsample show it.
+
+    A latent is a candidate if it has many elements along its longest axis: its groups. Two probes of ±1 along that
+    axis, with independent signs, give the same curvature within every group if no two groups curve together, and
+    hardly ever if some do. The candidate with most groups is taken first; others of as many groups join it if theirs
+    are the same groups, such as intercepts and slopes of the same users.
+
+    Returns
+    -------
+    Structure or None
+        None if D exceeds `DENSE_LIMIT` and there is no structure that makes the curvature small enough to be held.
+
+    """
+    space, dim = subsample.model.model.space, subsample.model.model.dim
+    rng = random_stream(seed, Purpose.CURVATURE, 2)
+    candidates = sorted((_columns(site) for site in space.sites), key=lambda columns: -len(columns[0]))
+    taken: list[Tensor] = []
+    for columns in candidates:
+        as_many = not taken or len(columns[0]) == len(taken[0])
+        if len(columns[0]) >= FEWEST_GROUPS and as_many and _agree(subsample, [*taken, *columns], rng):
+            taken += columns
+    if not taken and dim > DENSE_LIMIT:
+        return None
+    structure = Structure.grouped(dim, taken, rng) if taken else Structure.full(dim)
+    num_dense = len(structure.dense)
+    if num_dense > DENSE_LIMIT or num_dense * dim > LARGEST_CROSS:
+        return None
+    return replace(structure, coupled=_coupled(subsample.model.model, structure, rng))
+
+
+def _coupled(model: Model, structure: Structure, rng: np.random.Generator) -> Tensor:
+    """Return which dense coordinates (G,) the prior lets curve with others, near the start."""
+    points = Rule.equal((model.start + 0.3 * torch.from_numpy(rng.standard_normal(model.dim)))[None])
+    products = prior_products(model, points, structure.tangents())[: len(structure.dense)]
+    products[torch.arange(len(structure.dense)), structure.dense] = 0
+    return (products != 0).any(1)
+
+
+def _columns(site: Site) -> list[Tensor]:
+    """Return a latent's coordinates by column, each (J,), its longest axis being that of the groups."""
+    shape = site.unconstrained_shape or torch.Size([1])
+    coordinates = torch.arange(site.offset, site.offset + site.size).reshape(shape)
+    axis = int(np.argmax(shape))
+    return list(coordinates.movedim(axis, 0).reshape(shape[axis], -1).unbind(1))
+
+
+def _agree(subsample: Subsample, columns: Sequence[Tensor], rng: np.random.Generator) -> bool:
+    """Return whether two probes show the same blocks, in the likelihood and in the prior, at a point near the start."""
+    model = subsample.model.model
+    points = (model.start + 0.3 * torch.from_numpy(rng.standard_normal(model.dim)))[None]
+    seen: list[list[Tensor]] = [[], []]
+    for _ in range(2):
+        structure = Structure.grouped(model.dim, columns, rng)
+        probes = structure.probes()
+        products = (
+            torch.from_numpy(subsample.run(HessianVector(points.numpy(), probes)).products),
+            prior_products(model, Rule.equal(points), probes),
+        )
+        for blocks, product in zip(seen, products, strict=True):
+            blocks.append(product[:, structure.groups] * structure.signs[:, None])
+    return all(bool(((one - two).abs() <= AGREEMENT * one.abs().max()).all()) for one, two in seen)

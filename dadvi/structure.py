@@ -1,0 +1,176 @@
+"""Which coordinates curve together: the structure of a Hessian, and matrices of that structure.
+
+A Hessian of log π is an *arrowhead*: G *dense* coordinates (slopes, scales) share curvature with every other; the rest
+fall into J *groups* of C coordinates (the effects of a user, a school, a product), which share curvature with the dense
+ones and within their group, but not with other groups, because a row touches the effects of its own group only:
+
+    H = [ A   Bᵀ ]      A (G, G),   B_j (C, G),   D = diag of J blocks D_j (C, C)
+        [ B   D  ]
+
+It is known from G + C products: H e_g for each dense coordinate, and for each column c of the groups one probe H v with
+v = ±1 on that column and 0 elsewhere (signs are random, so that what little curvature a structure neglects is noise and
+not a bias). With J = 0 it is a dense matrix, with G = 0 and C = 1 a diagonal. All that a step needs is linear in J.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dadvi.types import FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The dense coordinates, and those of each group."""
+
+    dense: Tensor  # (G,) int64, increasing
+    groups: Tensor  # (J, C) int64
+    signs: Tensor  # ±1 (J,) of the probes
+    coupled: Tensor  # (G,) bool: which dense coordinates the prior alone lets curve with others, such as scales
+
+    @classmethod
+    def full(cls, dim: int) -> "Structure":
+        """Return the structure without groups: any coordinate may curve with any other."""
+        none, all_of_them = torch.empty(0, dtype=torch.float64), torch.ones(dim, dtype=torch.bool)
+        return cls(torch.arange(dim), torch.empty(0, 0, dtype=torch.int64), none, all_of_them)
+
+    @classmethod
+    def diagonal(cls, dim: int) -> "Structure":
+        """Return the structure in which no two coordinates curve together."""
+        signs, none = torch.ones(dim, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
+        return cls(torch.empty(0, dtype=torch.int64), torch.arange(dim)[:, None], signs, none)
+
+    @classmethod
+    def grouped(cls, dim: int, columns: Sequence[Tensor], rng: np.random.Generator) -> "Structure":
+        """Return the structure whose groups have these columns of coordinates, each (J,); the others are dense."""
+        groups = torch.stack(list(columns), dim=1)
+        dense = torch.ones(dim, dtype=torch.bool)
+        dense[groups.flatten()] = False
+        signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=len(groups)))
+        coordinates = dense.nonzero()[:, 0]
+        return cls(coordinates, groups, signs, torch.ones(len(coordinates), dtype=torch.bool))
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates."""
+        return len(self.dense) + self.groups.numel()
+
+    @property
+    def num_tangents(self) -> int:
+        """G + C, the products that tell a matrix of this structure."""
+        return len(self.dense) + self.groups.shape[1]
+
+    def probes(self) -> FloatArray:
+        """Return the probes (C, D) of the groups."""
+        probes = np.zeros((self.groups.shape[1], self.dim))
+        for probe, column in zip(probes, self.groups.T, strict=True):
+            probe[column.numpy()] = self.signs.numpy()
+        return probes
+
+    def tangents(self) -> FloatArray:
+        """Return the tangents (G + C, D) whose products tell the matrix: unit vectors, then probes."""
+        units = np.zeros((len(self.dense), self.dim))
+        units[np.arange(len(self.dense)), self.dense.numpy()] = 1
+        return np.concatenate([units, self.probes()])
+
+    def arrowhead(self, products: Tensor) -> "Arrowhead":
+        """Return the matrix from its products (G + C, D) with `tangents`."""
+        of_dense, of_probes = products.split([len(self.dense), self.groups.shape[1]])
+        corner = of_dense[:, self.dense]
+        blocks = (of_probes[:, self.groups] * self.signs[:, None]).permute(1, 2, 0)  # [j, c', c]
+        return Arrowhead(
+            self,
+            corner=(corner + corner.T) / 2,
+            cross=of_dense[:, self.groups].permute(1, 2, 0),
+            blocks=(blocks + blocks.mT) / 2,
+        )
+
+    def prior_tangents(self) -> FloatArray:
+        """Return the tangents whose products tell the prior's Hessian.
+
+        They are fewer: one probe does for all the dense coordinates that curve by themselves, such as most slopes.
+        """
+        units = self.tangents()[: len(self.dense)]
+        alone = units[~self.coupled.numpy()].sum(0, keepdims=True)
+        return np.concatenate([units[self.coupled.numpy()], alone, self.probes()])
+
+    def prior_arrowhead(self, products: Tensor) -> "Arrowhead":
+        """Return the prior's Hessian from its products with `prior_tangents`."""
+        num_coupled = int(self.coupled.sum())
+        of_coupled, of_alone, of_probes = products.split([num_coupled, 1, self.groups.shape[1]])
+        of_dense = products.new_zeros(len(self.dense), self.dim)
+        of_dense[self.coupled] = of_coupled
+        alone = self.dense[~self.coupled]
+        of_dense[~self.coupled, alone] = of_alone[0, alone]
+        return self.arrowhead(torch.cat([of_dense, of_probes]))
+
+    def from_matrix(self, matrix: Tensor) -> "Arrowhead":
+        """Return what a symmetric matrix (D, D) has in the places of this structure."""
+        return Arrowhead(
+            self,
+            corner=matrix[self.dense][:, self.dense],
+            cross=matrix[self.groups][:, :, self.dense],
+            blocks=matrix[self.groups[:, :, None], self.groups[:, None, :]],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Arrowhead:
+    """A symmetric matrix of a `Structure`, not necessarily definite."""
+
+    structure: Structure
+    corner: Tensor  # A (G, G)
+    cross: Tensor  # B (J, C, G)
+    blocks: Tensor  # D (J, C, C)
+
+    @classmethod
+    def dense(cls, matrix: Tensor) -> "Arrowhead":
+        """Return a symmetric matrix (D, D) as it is."""
+        return Structure.full(len(matrix)).from_matrix(matrix)
+
+    @classmethod
+    def of_diagonal(cls, diagonal: Tensor) -> "Arrowhead":
+        """Return the diagonal matrix of the elements (D,)."""
+        structure = Structure.diagonal(len(diagonal))
+        return cls(
+            structure,
+            corner=diagonal.new_zeros(0, 0),
+            cross=diagonal.new_zeros(len(diagonal), 1, 0),
+            blocks=diagonal[:, None, None],
+        )
+
+    def __add__(self, other: "Arrowhead") -> "Arrowhead":
+        return Arrowhead(
+            self.structure, self.corner + other.corner, self.cross + other.cross, self.blocks + other.blocks
+        )
+
+    def __mul__(self, factor: float) -> "Arrowhead":
+        return Arrowhead(self.structure, factor * self.corner, factor * self.cross, factor * self.blocks)
+
+    def __neg__(self) -> "Arrowhead":
+        return self * -1.0
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return the products (K, D) with vectors (K, D)."""
+        dense, groups = self.structure.dense, self.structure.groups
+        of_dense, of_groups = v[:, dense], v[:, groups]  # (K, G), (K, J, C)
+        result = torch.empty_like(v)
+        result[:, dense] = of_dense @ self.corner + torch.einsum("jcg,kjc->kg", self.cross, of_groups)
+        result[:, groups] = torch.einsum("jcg,kg->kjc", self.cross, of_dense) + torch.einsum(
+            "jcb,kjb->kjc", self.blocks, of_groups
+        )
+        return result
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal (D,)."""
+        result = self.corner.new_empty(self.structure.dim)
+        result[self.structure.dense] = self.corner.diagonal()
+        result[self.structure.groups] = self.blocks.diagonal(dim1=1, dim2=2)
+        return result
+
+    def matrix(self) -> Tensor:
+        """Return the matrix in full (D, D)."""
+        return self.times(torch.eye(self.structure.dim, dtype=self.corner.dtype))
