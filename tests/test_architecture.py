@@ -29,6 +29,7 @@ ORDER = [
     "optim",
     "posterior",
     "checkpoint",
+    "control",
     "advi",
     "anchored",
     "progress",
