@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Normal
 
 import dadvi
+from dadvi.advi import _Stretch
 from dadvi.control import Anchor, Control, Mixing
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
@@ -199,6 +200,27 @@ def test_a_stale_anchor_is_let_go(written, name, away):
     assert anchored < 1.05 * plain
 
 
+def test_a_run_holds_the_coefficient_for_an_epoch_and_lets_a_stale_anchor_go(written, monkeypatch):
+    target, data = written("linear_regression")
+    at, estimate, used = Anchor.at, Control.estimate, []
+
+    def stale(executor, eta, location):
+        return at(executor, eta + 10 * (points_about(target, 1, away=10.0)[0] - eta), location)
+
+    def keep(self, sums, factor):
+        used.append(self.coefficient)
+        return estimate(self, sums, factor)
+
+    monkeypatch.setattr(Anchor, "at", stale)
+    monkeypatch.setattr(Control, "estimate", keep)
+    run(target, data, "full_rank", tol=100.0, max_passes=8)
+    epochs = np.reshape(used, (-1, 20))
+    assert (epochs == epochs[:, :1]).all()
+    assert epochs[0, 0] == 1.0
+    assert len(epochs) > 2
+    assert epochs[1:].max() < 0.1
+
+
 def test_deviations_are_measured_in_posterior_sds(write, monkeypatch):
     # Of posterior sds of 1e3 and 1e-3: a batch of one chunk in 20 has deviations of sd √(20 − 1) in each coordinate.
     rng = np.random.default_rng(1)
@@ -231,6 +253,17 @@ def test_an_anchor_is_moved_where_noise_matters_and_the_average_is_nearer():
     assert not control.outdated(2.0, 1.0, steps=25, tol=0.4)
     assert not control.outdated(2.0, 1.0, steps=400, tol=0.1)
     assert not control.outdated(2.0, 1.2, steps=25, tol=0.1)
+
+
+def test_the_distance_of_a_stretch_is_the_rms_over_its_iterates():
+    rng, stretch = np.random.default_rng(0), _Stretch()
+    iterates, weights = 3.0 + rng.standard_normal((30, 2 * 4)), rng.integers(1, 4, 30)
+    for iterate, weight in zip(iterates, weights, strict=True):
+        stretch.add(int(weight), -1.0, iterate)
+    point = rng.standard_normal(4)
+    squares = np.square(iterates[:, :4] - point).mean(1)
+    assert stretch.distance(point) == pytest.approx(math.sqrt(np.average(squares, weights=weights)), rel=1e-12)
+    assert stretch.steps == 30
 
 
 class Recording(SerialExecutor):
