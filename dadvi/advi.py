@@ -234,12 +234,14 @@ class _Stretch:
         share = weight / self.weight
         self.elbo += (elbo - self.elbo) * share
         self.iterate = self.iterate + (iterate - self.iterate) * share
-        self.square = self.square + (iterate[: len(iterate) // 2] ** 2 - self.square) * share
+        with np.errstate(over="ignore", invalid="ignore"):  # where steps are about to diverge
+            self.square = self.square + (iterate[: len(iterate) // 2] ** 2 - self.square) * share
 
     def distance(self, location: FloatArray) -> float:
         """Return the RMS distance of the locations v from a point (D,), in posterior sds."""
         mean = np.asarray(self.iterate)[: len(location)]
-        return float(np.sqrt(np.maximum(self.square - 2 * location * mean + location**2, 0).mean()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.sqrt(np.maximum(self.square - 2 * location * mean + location**2, 0).mean()))
 
 
 class _Search:

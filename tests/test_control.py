@@ -386,6 +386,13 @@ def test_after_as_many_passes_the_mean_is_nearer_than_without(written, seed):
     assert errors[1] < 0.05
 
 
+def test_a_learning_rate_far_too_large_still_diverges_without_a_warning(written):
+    target, data = written("linear_regression")
+    posterior = run(target, data, optimizer="proximal", learning_rate=1e4)
+    assert posterior.status == "diverged", posterior.reason
+    assert posterior.unconstrained.loc.isfinite().all()
+
+
 def test_one_chunk_is_enough(write):
     target = targets.normal_normal(num_rows=20)
     posterior = run(target, write(target.fields), max_passes=500)
