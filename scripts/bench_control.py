@@ -4,7 +4,7 @@ A logistic regression on 100 000 rows and 20 correlated predictors. Errors are t
 optimum found by `dadvi.Anchored`, in posterior sds, RMS over coordinates, and their median, least and largest over
 seeds.
 
-    python scripts/bench_control.py            # one process; some minutes
+    python scripts/bench_control.py            # one process; about ten minutes
     python scripts/bench_control.py --seeds 1
 """
 
