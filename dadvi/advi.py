@@ -2,7 +2,8 @@
 
     θ ← θ + step(∇ÊLBO(θ)),   ∇ÊLBO from draws η_k = t(θ, ε_k) and  (C/m) Σ_{c in batch} ∇ℓ_c(η_k)
 
-with C chunks in all and m in the batch: unbiased, ragged chunks included. Kucukelbir et al. (2017), "Automatic
+with C chunks in all and m in the batch: unbiased, ragged chunks included; by choice without most of the noise of which
+rows were drawn (`dadvi.control`). Kucukelbir et al. (2017), "Automatic
 differentiation variational inference"; averaging and stopping follow Dhaka et al. (2020), "Robust, accurate
 stochastic optimization for variational inference". The search runs in coordinates whitened at a warm start, so a
 learning rate is in posterior sds a step.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dadvi.control import Anchor, Control, ControlVariate
 from dadvi.elbo import Design, Entropy, Estimate, draw_noise, log_joint
 from dadvi.errors import InputError
 from dadvi.executors import Executor
@@ -89,6 +91,10 @@ class ADVI:
         Rows of the resident subsample that the warm start is fitted to, rounded to whole chunks.
     rhat_max
         The average counts as settled when R-hat of the iterates is at most this and its MCSE at most a third of `tol`.
+    control_variate
+        ``"none"``, or ``"anchor"``: minibatch gradients are corrected by the full-data gradient at an anchor, the warm
+        start's mean and later the average. It costs a pass for each anchor and one more point beside the draws of a
+        step, and lets minibatches be smaller, so that an epoch has more steps.
 
     Raises
     ------
@@ -108,6 +114,7 @@ class ADVI:
     fixed_draws: bool = False
     subsample_rows: int = 20_000
     rhat_max: float = 1.1
+    control_variate: ControlVariate = "none"
 
     def __post_init__(self) -> None:
         for name in ("batch_rows", "subsample_rows"):
@@ -118,10 +125,9 @@ class ADVI:
             raise InputError(
                 f"learning_rate={self.learning_rate}: it must be positive and finite, in posterior sds a step"
             )
-        if self.estimator not in get_args(Entropy):
-            raise InputError(
-                f"unknown estimator {self.estimator!r}: use one of {', '.join(map(repr, get_args(Entropy)))}"
-            )
+        for name, known in (("estimator", get_args(Entropy)), ("control_variate", get_args(ControlVariate))):
+            if getattr(self, name) not in known:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
         draw_noise(self.design, self.num_draws, 1, np.random.default_rng(0))  # refuses an impossible design
         make_averaging(self.averaging)
         self.check(MeanField())
@@ -209,6 +215,7 @@ class ADVI:
                     how = "after its average had settled" if settling.settled else "before its average settled"
                     reason = f"max_passes={search.max_passes:g} reached, {how}"
                     return search.fitted("stopped", reason, elbo, certificate)
+            search.move_anchor(tol)
 
 
 @dataclass(eq=False)
@@ -218,11 +225,23 @@ class _Stretch:
     weight: int = 0
     elbo: float = 0.0
     iterate: FloatArray | float = 0.0  # (2D,): v and log scale
+    square: FloatArray | float = 0.0  # (D,): v²
+    steps: int = 0
 
     def add(self, weight: int, elbo: float, iterate: FloatArray) -> None:
+        self.steps += 1
         self.weight += weight
-        self.elbo += (elbo - self.elbo) * weight / self.weight
-        self.iterate = self.iterate + (iterate - self.iterate) * (weight / self.weight)
+        share = weight / self.weight
+        self.elbo += (elbo - self.elbo) * share
+        self.iterate = self.iterate + (iterate - self.iterate) * share
+        with np.errstate(over="ignore", invalid="ignore"):  # where steps are about to diverge
+            self.square = self.square + (iterate[: len(iterate) // 2] ** 2 - self.square) * share
+
+    def distance(self, location: FloatArray) -> float:
+        """Return the RMS distance of the locations v from a point (D,), in posterior sds."""
+        mean = np.asarray(self.iterate)[: len(location)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.sqrt(np.maximum(self.square - 2 * location * mean + location**2, 0).mean()))
 
 
 class _Search:
@@ -263,6 +282,16 @@ class _Search:
         self.averaging = make_averaging(settings.averaging)
         self.average = self.averaging.init(self.theta)
         self.q = self.whitening.member(self.averaging.value(self.average))
+        self.last = _Stretch()
+        self.control: Control | None = None
+        if settings.control_variate == "anchor":
+            self._anchor(self.whitening.center, zeros)
+
+    def _anchor(self, eta: Tensor, location: Tensor) -> None:
+        """Put the anchor at η (D,), unless the data have no finite gradient there."""
+        anchor = Anchor.at(self.executor, eta, location)
+        if anchor.finite:
+            self.control = Control(anchor)
 
     def _whitening(self) -> Whitening:
         """Fit the resident subsample, then measure the curvature of the full-data log posterior about its mean."""
@@ -286,7 +315,21 @@ class _Search:
     @property
     def exhausted(self) -> bool:
         """Whether another epoch and the certificate after it would exceed the run's passes."""
-        return self.passes + 1 + self._certificate_passes > self.max_passes
+        return not self._affords(1)
+
+    def _affords(self, passes: int) -> bool:
+        """Whether the run's passes allow for so many and a certificate."""
+        return self.passes + passes + self._certificate_passes <= self.max_passes
+
+    def move_anchor(self, tol: float) -> None:
+        """Move the anchor to the average, if that is worth a pass and an epoch can follow."""
+        if self.control is None or not self._affords(2):
+            return
+        average, stretch = self.averaging.value(self.average)["loc"], self.last
+        to_anchor = stretch.distance(self.control.anchor.location.numpy())
+        if self.control.outdated(to_anchor, stretch.distance(average.numpy()), stretch.steps, tol):
+            self._anchor(self.q.loc, average)
+            self.record("anchor", self.elbo)
 
     def run_stretch(self) -> None:
         """Take the steps of some whole epochs; unless there was trouble, move `q` to the new average."""
@@ -298,6 +341,8 @@ class _Search:
                 if self.trouble:
                     return
             self.epoch += 1
+            if self.control is not None:
+                self.control = self.control.end_epoch()
             if self.exhausted:
                 break
         if stretch.elbo < self.best_elbo - ALLOWED_FALL * self.q.dim:
@@ -309,6 +354,7 @@ class _Search:
         self.average = self.averaging.end_epoch(self.average)
         self.q = self.whitening.member(self.averaging.value(self.average))
         self.history.append(np.asarray(stretch.iterate))
+        self.last = stretch
 
     def _take_step(self, chunks: IntArray, stretch: _Stretch) -> None:
         self.step += 1
@@ -349,8 +395,14 @@ class _Search:
         factor = self.executor.data.manifest.num_chunks / len(chunks)
 
         def scaled_log_joint(eta: Tensor) -> tuple[Tensor, Tensor]:
-            sums = self.executor.run(Gradient(eta.numpy()), chunks, check=self.epoch == 0, label=f"step {self.step}")
-            log_lik, grad = (factor * torch.from_numpy(part) for part in sums)
+            control = self.control
+            points = eta.numpy() if control is None else control.points(eta)
+            sums = self.executor.run(Gradient(points), chunks, check=self.epoch == 0, label=f"step {self.step}")
+            if control is None:
+                log_lik, grad = (factor * torch.from_numpy(part) for part in sums)
+            else:
+                log_lik, grad = control.estimate(sums, factor)
+                self.control = control.observe(sums, factor, self.whitening.curvature.root_transpose_times)
             return log_joint(self.executor.model.model, eta, log_lik, grad)
 
         return self.whitening.estimate(self.theta, noise, scaled_log_joint, settings.estimator)

@@ -195,6 +195,13 @@ def fit(
     estimator: Annotated[
         str | None, typer.Option(help="closed_form (default), stl or monte_carlo.", rich_help_panel=_ADVI)
     ] = None,
+    control_variate: Annotated[
+        str | None,
+        typer.Option(
+            help="none (default), or anchor: minibatches corrected by the full-data gradient at a point nearby.",
+            rich_help_panel=_ADVI,
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
@@ -218,6 +225,7 @@ def fit(
         schedule=schedule,
         averaging=averaging,
         estimator=estimator,
+        control_variate=control_variate,
     )
     dataset = open_shards(data)
     loaded = load_model(model, dataset)

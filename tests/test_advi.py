@@ -399,6 +399,7 @@ def test_the_size_of_the_warm_start_changes_the_way_not_the_end(written, subsamp
         ({"averaging": "ema"}, r"'ema'.*'tail'"),
         ({"estimator": "reinforce"}, r"'reinforce'.*'stl'"),
         ({"design": "sobol"}, r"'sobol'.*'orthogonal'"),
+        ({"control_variate": "svrg"}, r"control_variate 'svrg'.*'none', 'anchor'"),
         ({"optimizer": "proximal", "estimator": "stl"}, r"estimator='stl'.*closed_form"),
     ],
     ids=str,

@@ -32,6 +32,7 @@ ORDER = [
     "optim",
     "posterior",
     "checkpoint",
+    "control",
     "advi",
     "anchored",
     "progress",

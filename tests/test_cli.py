@@ -31,6 +31,7 @@ from command import (
 
 import dadvi as package
 from dadvi import cli
+from dadvi.control import ControlVariate
 from dadvi.elbo import Entropy
 from dadvi.errors import InputError, WorkError
 from dadvi.optim import AVERAGING, OPTIMIZERS, SCHEDULES
@@ -315,6 +316,7 @@ def test_quiet_tells_only_how_the_fit_ended(world, tmp_path):
     [
         ["--family", "full_rank", "--optimizer", "sgd", "--schedule", "constant", "--averaging", "none"],
         ["--family", "low_rank", "--estimator", "stl", "--num-draws", "4", "--batch-rows", "500"],
+        ["--control-variate", "anchor"],
     ],
 )
 def test_settings_reach_the_fit(world, tmp_path, options):
@@ -444,7 +446,14 @@ def test_help_tells_arguments_defaults_and_exit_codes(name, fragments):
 
 def test_help_names_every_choice_that_is_there():
     text = " ".join(dadvi("fit", "--help").out.split())
-    for each in (*OPTIMIZERS, *SCHEDULES, *AVERAGING, *Entropy.__args__, *package.families.FAMILIES):
+    for each in (
+        *OPTIMIZERS,
+        *SCHEDULES,
+        *AVERAGING,
+        *Entropy.__args__,
+        *ControlVariate.__args__,
+        *package.families.FAMILIES,
+    ):
         assert re.search(rf"\b{each}\b", text), each
 
 
