@@ -5,8 +5,8 @@ F would have there, is smallest (Anderson 1965; Walker & Ni 2011, "Anderson acce
 
     x ← x_t + f_t − Σ_i γ_i (Δx_i + Δf_i),    γ = argmin ‖f_t − Σ_i γ_i Δf_i‖
 
-It needs no more of F. Means and sds of a hierarchy depend on one another, so that a map which finds each given the other
-converges linearly; a few of its steps tell the slow directions.
+It needs no more of F. Means and sds of a hierarchy depend on one another, so that a map which finds each given the
+other converges linearly; a few of its steps tell the slow directions.
 """
 
 from collections.abc import Sequence
@@ -39,4 +39,5 @@ def accelerated(history: Sequence[Iterate]) -> Tensor:
     of_points = torch.stack([after.point - before.point for before, after in pairs], dim=1)  # (n, m)
     of_residuals = torch.stack([after.residual - before.residual for before, after in pairs], dim=1)
     gamma = torch.linalg.lstsq(of_residuals, last.residual[:, None], rcond=RANK_TOLERANCE, driver="gelsd").solution
-    return last.point + last.residual - ((of_points + of_residuals) @ gamma)[:, 0]
+    point: Tensor = last.point + last.residual - ((of_points + of_residuals) @ gamma)[:, 0]
+    return point

@@ -35,8 +35,10 @@ from dadvi.optim import (
 )
 from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
-from dadvi.quadratic import DENSE_LIMIT, Certificate, certify, curvature_chunks, measure_curvature
+from dadvi.probing import find_structure
+from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature, certify, curvature_chunks, measure_curvature
 from dadvi.sharding import Manifest, sampling
+from dadvi.structure import Structure
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import FloatArray, IntArray, Purpose, random_stream
 from dadvi.whitening import Whitening
@@ -204,17 +206,22 @@ class ADVI:
             search.record("epochs", search.elbo, rhat=settling.rhat, mcse=settling.mcse)
             if search.exhausted or (settling.settled and len(search.history) >= 1.5 * certified_at):
                 certified_at = len(search.history)
-                certificate, elbo = certify(executor, search.q, seed)
+                certificate, elbo, curvature = certify(executor, search.q, seed, search.structure)
                 search.record("certificate", elbo, certificate=certificate.max if certificate else math.nan)
                 if certificate is not None and certificate.within(tol):
-                    return search.fitted("converged", f"the certificate is within tol={tol:g}", elbo, certificate)
+                    return search.fitted(
+                        "converged", f"the certificate is within tol={tol:g}", elbo, certificate, curvature
+                    )
                 if certificate is None and settling.settled:
-                    reason = f"the average settled; with {search.q.dim} coordinates, over {DENSE_LIMIT}, no certificate"
+                    reason = (
+                        f"the average settled; with {search.q.dim} coordinates, over {DENSE_LIMIT} and without "
+                        "structure, no certificate"
+                    )
                     return search.fitted("stopped", reason, elbo)
                 if search.exhausted:
                     how = "after its average had settled" if settling.settled else "before its average settled"
                     reason = f"max_passes={search.max_passes:g} reached, {how}"
-                    return search.fitted("stopped", reason, elbo, certificate)
+                    return search.fitted("stopped", reason, elbo, certificate, curvature)
             search.move_anchor(tol)
 
 
@@ -300,11 +307,13 @@ class _Search:
         chunks = sampling.subsample(manifest, num_chunks, self.seed)
         self._other_rows = int(manifest.chunk_sizes[chunks].sum())
         subsample = Subsample.load(self.executor.model, data, chunks.tolist())
-        q = warm_start(subsample, self.seed)
+        full = self.family.takes_rotation and self.executor.model.model.dim <= DENSE_LIMIT
+        self.structure = Structure.full(self.executor.model.model.dim) if full else find_structure(subsample, self.seed)
+        q = warm_start(subsample, self.structure, self.seed)
         warn_if_ordered(subsample, q.loc)
-        chosen = curvature_chunks(manifest, q.dim, self.seed)
+        chosen = curvature_chunks(manifest, self.structure, self.seed)
         self._certificate_passes = 1 + int(manifest.chunk_sizes[list(chosen)].sum()) / manifest.num_rows
-        curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed)
+        curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed, self.structure)
         return Whitening.around(self.family, q.loc, curvature)
 
     @property
@@ -418,7 +427,12 @@ class _Search:
         return TraceRow(phase, self.step, self.passes, rows_read, time.perf_counter() - self._started, elbo, **figures)
 
     def fitted(
-        self, status: Status, reason: str, elbo: float | None = None, certificate: Certificate | None = None
+        self,
+        status: Status,
+        reason: str,
+        elbo: float | None = None,
+        certificate: Certificate | None = None,
+        curvature: Curvature | None = None,
     ) -> Fitted:
         """Return the result."""
         return Fitted(
@@ -429,4 +443,5 @@ class _Search:
             passes=self.passes,
             certificate=certificate,
             trace=tuple(self.trace),
+            curvature=curvature,
         )

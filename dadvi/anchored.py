@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from dadvi.acceleration import Iterate
 from dadvi.descent import descend
 from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family, Gaussian, MeanField
-from dadvi.acceleration import Iterate
 from dadvi.local import (
     NEGLIGIBLE_NATS,
     SOLVED,
@@ -60,8 +60,9 @@ WARM_DISTANCE = 10.0
 POORLY_SEEN = 0.15
 """Relative noise of a precision measured on the subsample, above which curvature is measured on all the data."""
 
-FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK = 4, 64, 8e6
-"""Draws of q, and the product of draws, coordinates and rows of the subsample that bounds them, unless told."""
+FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
+"""Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
+them, unless told."""
 
 ELBO_NOISE = 1e-7
 """Relative error of an ELBO from float32 rows: a smaller fall is no fall."""
@@ -92,7 +93,7 @@ class Anchored:
         Rows of the resident subsample, rounded to whole chunks; None for 20 000, or 200 for each coordinate if more.
     num_draws
         K, draws of q at which expectations of the likelihood are taken, besides its mean; None for as many, from 4 to
-        64, as keep K times coordinates times rows of the subsample within 8 million: small data have wide, skewed
+        64, as keep K times coordinates times rows of the subsample within 2 million: small data have wide, skewed
         posteriors.
     curvature
         Where the curvature comes from: ``"subsample"`` (a `Surrogate`, one point a pass), ``"data"`` (a `Taylor`
@@ -403,7 +404,7 @@ def fixed_draws(num_draws: int | None, noise_dim: int, num_rows: int, rng: np.ra
         Rows of the subsample.
 
     """
-    affordable = 2 * int(DRAWS_WORK / (2 * noise_dim * num_rows))
+    affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * num_rows))
     num_draws = num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
     prior = stratified(prior_draws(noise_dim), noise_dim, rng)
     if num_draws >= 2 * noise_dim:

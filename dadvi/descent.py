@@ -53,7 +53,7 @@ def descend(
 
     """
     model = executor.model.model
-    best_value, best, first = -np.inf, q.loc, -np.inf
+    best_value, best, first, last_grad = -np.inf, q.loc, -np.inf, torch.full_like(q.loc, np.inf)
 
     def expected_log_joint(mean: torch.Tensor) -> tuple[float, torch.Tensor]:
         moved = Gaussian(q.family, {**q.params, "loc": mean})
@@ -76,8 +76,6 @@ def descend(
             best_value, best = value, mean
         last_grad = grad
         return -value, -curvature.root_transpose_times(grad).numpy()
-
-    last_grad = torch.full_like(q.loc, np.inf)
 
     def stop_if_near(intermediate_result: OptimizeResult) -> None:  # noqa: ARG001  SciPy goes by the name
         if float((curvature.solve(last_grad) / curvature.stddev).abs().max()) <= distance:

@@ -32,6 +32,9 @@ Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 ShardChunks: TypeAlias = tuple[int, list[int]]
 """A shard and those of its chunks that are wanted, in order."""
 
+ClientLike: TypeAlias = Client | str | None
+"""Who works: a client, a scheduler's address or "serial", or None; see `make_executor`."""
+
 PLACEMENT_SECONDS = 2.0
 """How often the executor looks for workers that joined or left."""
 
@@ -328,7 +331,7 @@ def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
 
 
 def make_executor(
-    model: BoundModel, data: ShardedDataset, client: Client | str | None = None, num_workers: int | None = None
+    model: BoundModel, data: ShardedDataset, client: ClientLike = None, num_workers: int | None = None
 ) -> SerialExecutor | DaskExecutor:
     """Return who runs the passes.
 

@@ -9,6 +9,7 @@ of float64 tensors, every family having at least
 so that solvers and stopping rules can treat families alike. Densities and entropies are torch.distributions'.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from dadvi.errors import InputError
+from dadvi.structure import Root, Structure
 
 Params: TypeAlias = Mapping[str, Tensor]
 """Parameters θ of a family by name, float64."""
@@ -60,6 +62,11 @@ class Family(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the family's name and settings, a JSON object."""
         return {"name": self.name, **vars(self)}
+
+    def stddev(self, params: Params) -> Tensor:
+        """Return the marginal sds (D,)."""
+        stddev: Tensor = self.distribution(params).stddev
+        return stddev
 
     def log_prob(self, params: Params, eta: Tensor) -> Tensor:
         """Return log q(η) (K,) at η (K, D)."""
@@ -188,6 +195,69 @@ class LowRank(Family):
         }
 
 
+@dataclass(frozen=True)
+class Arrow(Family):
+    """Σ = R Rᵀ with R the root of an arrowhead precision: what linear response makes of the effects of many groups.
+
+    A result, not a family to search in: its parameters are those of a `dadvi.structure.Root`, with ``loc`` (D,).
+    """
+
+    name: ClassVar[str] = "arrow"
+    linear_scale: ClassVar[bool] = False
+
+    @staticmethod
+    def member(loc: Tensor, root: Root) -> "Gaussian":
+        """Return the Gaussian with this mean (D,) and root."""
+        indices = {"dense": root.structure.dense, "groups": root.structure.groups}
+        values = {"dense_root": root.dense, "group_roots": root.groups, "coupling": root.coupling}
+        return Gaussian(Arrow(), {"loc": loc, **indices, **values})
+
+    def init(self, loc: Tensor, scale: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:  # noqa: ARG002
+        """Raise InputError: nothing is fitted in this family."""
+        raise InputError("family 'arrow' is what linear_response() returns and cannot be fitted; use 'mean_field'")
+
+    def root(self, params: Params) -> Root:
+        """Return R."""
+        dense, groups = params["dense"], params["groups"]
+        structure = Structure(dense, groups, params["loc"].new_ones(len(groups)), torch.ones_like(dense).bool())
+        return Root(structure, params["dense_root"], params["group_roots"], params["coupling"])
+
+    def transform(self, params: Params, noise: Tensor) -> Tensor:
+        """Return μ + Rε."""
+        return params["loc"] + self.root(params).times(noise)
+
+    def distribution(self, params: Params) -> Distribution:
+        """Return q as a multivariate normal, with R in full."""
+        root = self.root(params).matrix()
+        return MultivariateNormal(params["loc"], covariance_matrix=root @ root.T)
+
+    def affine(self, params: Params, shift: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Return the parameters of shift + scale·η, with `scale` (D,)."""
+        dense, groups = params["dense"], params["groups"]
+        return {
+            **params,
+            "loc": shift + scale * params["loc"],
+            "dense_root": scale[dense, None] * params["dense_root"],
+            "group_roots": scale[groups][..., None] * params["group_roots"],
+            "coupling": params["coupling"] / scale[dense],
+        }
+
+    def stddev(self, params: Params) -> Tensor:
+        """Return the marginal sds (D,)."""
+        return self.root(params).stddev
+
+    def log_prob(self, params: Params, eta: Tensor) -> Tensor:
+        """Return log q(η) (K,) at η (K, D)."""
+        root = self.root(params)
+        standard = root.inverse_times(eta - params["loc"])
+        log_density: Tensor = Normal(0.0, 1.0).log_prob(standard).sum(1) - root.log_det()
+        return log_density
+
+    def entropy(self, params: Params) -> Tensor:
+        """Return the entropy of q in nats, a scalar."""
+        return len(params["loc"]) / 2 * (1 + math.log(2 * math.pi)) + self.root(params).log_det()
+
+
 @dataclass(frozen=True, eq=False)
 class Gaussian:
     """A member of a family: q at given parameters."""
@@ -208,7 +278,7 @@ class Gaussian:
     @property
     def stddev(self) -> Tensor:
         """Marginal sds (D,)."""
-        return self.family.distribution(self.params).stddev
+        return self.family.stddev(self.params)
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -235,7 +305,7 @@ class Gaussian:
         return self.family.entropy(self.params)
 
 
-FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (MeanField, FullRank, LowRank)}
+FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (MeanField, FullRank, LowRank, Arrow)}
 
 
 def check_known(family: Family) -> None:

@@ -6,29 +6,27 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from distributed import Client
 from torch import Tensor
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
 from dadvi.checkpoint import RunDirectory
 from dadvi.errors import InputError, ModelError
-from dadvi.executors import make_executor, versions
-from dadvi.families import Family, check_known, make_family
-from dadvi.likelihood import BoundModel, bind
+from dadvi.executors import ClientLike, make_executor, versions
+from dadvi.families import Family, MeanField, check_known, make_family
+from dadvi.likelihood import CHECK_ROWS, BoundModel, bind_to, end_chunks
 from dadvi.model import Model
 from dadvi.passes import Gradient
 from dadvi.posterior import Coords, Posterior, TraceRow
+from dadvi.probing import find_structure
 from dadvi.progress import make_reporter
 from dadvi.quadratic import DENSE_LIMIT
 from dadvi.sharding import ShardedDataset
+from dadvi.subsample import Subsample
 from dadvi.types import whole_number
 
 Method: TypeAlias = Anchored | ADVI
 """The settings of a method, which fit by it."""
-
-CHECK_ROWS = 2_048
-"""Rows of each of two chunks on which the likelihood is checked before a fit."""
 
 
 def fit(
@@ -37,7 +35,7 @@ def fit(
     *,
     method: Method | Literal["auto"] = "auto",
     family: str | Family = "mean_field",
-    client: Client | str | None = None,
+    client: ClientLike = None,
     num_workers: int | None = None,
     tol: float = 0.1,
     max_passes: float | None = None,
@@ -54,8 +52,9 @@ def fit(
     model, data
         What to fit, and to what.
     method
-        ``"auto"``: `Anchored` for up to 2 000 unconstrained coordinates, beyond that `ADVI`; or the settings of either,
-        such as ``ADVI(batch_rows=16_384)``.
+        ``"auto"``: `Anchored` for up to 2 000 unconstrained coordinates, not counting the effects of groups if the
+        family is mean field; beyond that ``ADVI(control_variate="anchor")``. Or the settings of either, such as
+        ``ADVI(batch_rows=16_384)``.
     family
         ``"mean_field"``, ``"full_rank"``, ``"low_rank"``, or a family object such as ``LowRank(rank=5)``.
     client
@@ -93,7 +92,7 @@ def fit(
 
     """
     _check_types(model, data)
-    settings, chosen = _method(method, model), make_family(family)
+    chosen = make_family(family)
     if not 0 < tol < np.inf:
         raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
     if max_passes is not None and not 0 < max_passes < np.inf:
@@ -101,6 +100,7 @@ def fit(
     seed = whole_number("seed", seed)
     coords = _coords(model, data)
     bound = bind_to(model, data)
+    settings = _method(method, bound, data, chosen)
     directory = None
     if run_dir is not None:
         check_known(chosen)
@@ -120,6 +120,7 @@ def fit(
         passes=result.passes,
         certificate=result.certificate,
         records=result.trace,
+        curvature=result.curvature,
         coords=coords,
         settings={
             "method": {"name": type(settings).__name__, **settings.describe()},
@@ -137,7 +138,7 @@ def fit(
 
 
 def full_gradient(
-    model: Model, data: ShardedDataset, eta: Tensor, *, client: Client | str | None = None
+    model: Model, data: ShardedDataset, eta: Tensor, *, client: ClientLike = None
 ) -> tuple[Tensor, Tensor]:
     """Return log-likelihood and gradient sums over all rows at K unconstrained points, by one pass.
 
@@ -168,24 +169,21 @@ def full_gradient(
     return torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad)
 
 
-def bind_to(model: Model, data: ShardedDataset) -> BoundModel:
-    """Check a model against rows of the first and the last chunk of a data set, and resolve its names."""
-    manifest = data.manifest
-    chunks = []
-    for chunk in sorted({0, manifest.num_chunks - 1}):
-        batch = {name: values[:CHECK_ROWS] for name, values in data.read(chunk).items()}
-        chunks.append((manifest.rows(chunk)[0], batch))
-    return bind(model, {name: values.dtype for name, values in chunks[0][1].items()}, chunks)
-
-
-def _method(method: Any, model: Model) -> Method:
+def _method(method: Any, bound: BoundModel, data: ShardedDataset, family: Family) -> Method:
     if method == "auto":
-        return Anchored() if model.dim <= DENSE_LIMIT else ADVI()
+        few = bound.model.dim <= DENSE_LIMIT
+        return Anchored() if few or _has_groups(bound, data, family) else ADVI(control_variate="anchor")
     if not isinstance(method, Method):
         raise InputError(
             f"method={method!r}: use 'auto', or the settings of a method: dadvi.Anchored() or dadvi.ADVI()"
         )
     return method
+
+
+def _has_groups(bound: BoundModel, data: ShardedDataset, family: Family) -> bool:
+    """Tell whether the model's many coordinates are effects of groups, as rows of the first and last chunk show."""
+    ends = Subsample.load(bound, data, end_chunks(data))
+    return isinstance(family, MeanField) and find_structure(ends.top(CHECK_ROWS), seed=0) is not None
 
 
 def _check_types(model: Any, data: Any) -> None:

@@ -20,9 +20,13 @@ from torch.distributions import ContinuousBernoulli, Distribution
 
 from dadvi.errors import DataError, InputError, ModelError
 from dadvi.model import Model, over_draws, unvalidated
+from dadvi.sharding import ShardedDataset
 from dadvi.types import Batch, Latents, Purpose, random_stream
 
 Strategy = Literal["parameters", "vmap", "loop"]
+
+CHECK_ROWS = 2_048
+"""Rows of each of two chunks on which the likelihood is checked before a fit."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,20 @@ def _refuse(bad: Tensor, values: Tensor, first_row: int, what: str, remedy: str)
         raise DataError(
             f"{what.format(count=int(bad.sum()))}, the first in row {first_row + at} (value {value}); {remedy}"
         )
+
+
+def end_chunks(data: ShardedDataset) -> list[int]:
+    """Return the first and the last chunk, on whose rows a likelihood is checked."""
+    return sorted({0, data.manifest.num_chunks - 1})
+
+
+def bind_to(model: Model, data: ShardedDataset) -> BoundModel:
+    """Check a model against rows of the first and the last chunk of a data set, and resolve its names."""
+    chunks = []
+    for chunk in end_chunks(data):
+        batch = {name: values[:CHECK_ROWS] for name, values in data.read(chunk).items()}
+        chunks.append((data.manifest.rows(chunk)[0], batch))
+    return bind(model, {name: values.dtype for name, values in chunks[0][1].items()}, chunks)
 
 
 def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple[int, Batch]]) -> BoundModel:

@@ -37,7 +37,7 @@ NEGLIGIBLE_NATS = 0.01
 """An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
 
 CONTRACTION = 0.2
-"""A step that leaves more than this fraction of the distance has outgrown its curvature, which is then measured anew."""
+"""A step that leaves more than this fraction of the distance has outgrown its curvature, which is measured anew."""
 
 SEARCH_STEPS = 30
 SHORTEST_FRACTION = 1e-4

@@ -6,7 +6,7 @@ shards are worked on. Sums are float64 whatever the dtype of the rows.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -131,6 +131,38 @@ class Expansion(Pass[ExpansionSums]):
         """Return the sums for one chunk."""
         hessian = HessianVector(self.points, self.structure.tangents(), self.weights)
         return ExpansionSums(*self.gradient.on_chunk(model, batch), *hessian.on_chunk(model, batch))
+
+
+@dataclass(frozen=True)
+class MeanFieldHessian(Pass[HessianSums]):
+    """Products of ∇²_θ E_q[Σ_i ℓ_i] with tangents (T, 2D), θ = (μ, ω) of a mean-field Gaussian, at fixed draws."""
+
+    name: ClassVar[str] = "mean_field_hessian"
+    theta: FloatArray  # (2D,)
+    noise: FloatArray  # ε (K, D)
+    weights: FloatArray  # w (K,)
+    tangents: FloatArray  # (T, 2D)
+
+    def on_chunk(self, model: BoundModel, batch: Batch) -> HessianSums:
+        """Return the products (T, 2D) of one chunk."""
+        theta, noise, weights = (torch.from_numpy(each) for each in (self.theta, self.noise, self.weights))
+        work = len(noise) * len(next(iter(batch.values())))
+        products = expected_hessian(lambda eta: model.log_lik(eta, batch), theta, noise, weights, self.tangents, work)
+        return HessianSums(products.numpy())
+
+
+def expected_hessian(
+    function: Callable[[Tensor], Tensor], theta: Tensor, noise: Tensor, weights: Tensor, tangents: FloatArray, work: int
+) -> Tensor:
+    """Return products (T, 2D) of ∇²_θ Σ_k w_k f(μ + exp(ω) ⊙ ε_k), θ = (μ, ω), with tangents (T, 2D).
+
+    `function` maps η (K, D) to f (K,); `work` is as in `hessian_products`.
+    """
+    point = theta[None].clone().requires_grad_()
+    loc, log_scale = point[0].split(noise.shape[1])
+    value = weights @ function(loc + log_scale.exp() * noise)
+    one = torch.ones(1, dtype=point.dtype)
+    return hessian_products(value, point, one, torch.from_numpy(tangents), max(work, noise.numel()))
 
 
 def hessian_products(value: Tensor, eta: Tensor, weights: Tensor, tangents: Tensor, work: int) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from dadvi.passes import Gradient, HessianVector, hessian_products
 from dadvi.quadrature import Rule
 from dadvi.sharding import Manifest
 from dadvi.sharding.sampling import subsample
-from dadvi.structure import Arrowhead, Structure
+from dadvi.structure import Arrowhead, Root, Structure
 from dadvi.types import FloatArray, Purpose, random_stream
 
 DENSE_LIMIT = 2_000
@@ -50,16 +49,10 @@ _SMALLEST = 1e-12  # eigenvalues below this fraction of the largest are noise in
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """A positive definite precision P, with P⁻¹ = R Rᵀ for a root R.
-
-    R is triangular by blocks, groups first: eliminating the groups leaves the Schur complement of the dense
-    coordinates, S = A − Σ_j B_jᵀ D_j⁻¹ B_j, in the notation of `dadvi.structure`.
-    """
+    """A positive definite precision P, and a root of its inverse."""
 
     precision: Arrowhead  # P
-    dense_root: Tensor  # (G, G), lower triangular with a positive diagonal: S⁻¹ is its product with its transpose
-    group_roots: Tensor  # (J, C, C): likewise of each D_j⁻¹
-    coupling: Tensor  # W_j = group_rootᵀ B_j (J, C, G)
+    factor: Root  # R, P⁻¹ = R Rᵀ
     flat: bool = False  # whether log π hardly bends in some direction: there is no distance to an optimum then
 
     @classmethod
@@ -85,7 +78,7 @@ class Curvature:
             upper = torch.linalg.qr(root.T, mode="r").R
             root = upper.T * upper.diagonal().sign()
         precision = Arrowhead(matrix.structure, schur + eliminated, matrix.cross, blocks)
-        return cls(precision, root, group_roots, coupling, flat_group or flat_dense)
+        return cls(precision, Root(matrix.structure, root, group_roots, coupling), flat_group or flat_dense)
 
     @classmethod
     def dense(cls, matrix: Tensor) -> "Curvature":
@@ -112,39 +105,23 @@ class Curvature:
         """P_jj (D,)."""
         return self.precision.diagonal()
 
-    @cached_property
+    @property
     def stddev(self) -> Tensor:
         """Posterior sds √(P⁻¹)_jj (D,) of the quadratic model."""
-        variance = torch.empty_like(self.precision_diagonal)
-        variance[self.structure.dense] = self.dense_root.square().sum(1)
-        shared = self.group_roots @ (self.coupling @ self.dense_root)  # (J, C, G)
-        variance[self.structure.groups] = self.group_roots.square().sum(2) + shared.square().sum(2)
-        return variance.sqrt()
+        return self.factor.stddev
 
     @cached_property
     def root(self) -> Tensor:
-        """R (D, D), lower triangular with a positive diagonal; of a curvature that is full."""
-        if self.is_full:
-            return self.dense_root
-        return Curvature.dense(self.precision.matrix()).dense_root
+        """R (D, D), lower triangular with a positive diagonal."""
+        return self.factor.dense if self.is_full else Curvature.dense(self.precision.matrix()).factor.dense
 
     def root_times(self, v: Tensor) -> Tensor:
         """Return R v (..., D): v has unit covariance where R v has covariance P⁻¹."""
-        result = torch.empty_like(v)
-        dense = v[..., self.structure.dense] @ self.dense_root.T
-        rest = v[..., self.structure.groups] - torch.einsum("jcg,...g->...jc", self.coupling, dense)
-        result[..., self.structure.dense] = dense
-        result[..., self.structure.groups] = torch.einsum("jbc,...jc->...jb", self.group_roots, rest)
-        return result
+        return self.factor.times(v)
 
     def root_transpose_times(self, g: Tensor) -> Tensor:
         """Return Rᵀ g (..., D)."""
-        result = torch.empty_like(g)
-        groups = torch.einsum("jbc,...jb->...jc", self.group_roots, g[..., self.structure.groups])
-        dense = g[..., self.structure.dense] - torch.einsum("jcg,...jc->...g", self.coupling, groups)
-        result[..., self.structure.dense] = dense @ self.dense_root
-        result[..., self.structure.groups] = groups
-        return result
+        return self.factor.transpose_times(g)
 
     def solve(self, g: Tensor) -> Tensor:
         """Return P⁻¹ g (..., D)."""
@@ -152,9 +129,7 @@ class Curvature:
 
 
 def _check_finite(matrix: Arrowhead) -> None:
-    finite = (
-        matrix.corner.isfinite().all() and matrix.cross.isfinite().all() and bool(matrix.blocks.isfinite().all())
-    )
+    finite = matrix.corner.isfinite().all() and matrix.cross.isfinite().all() and bool(matrix.blocks.isfinite().all())
     if finite:
         return
     bad = matrix.corner.new_zeros(matrix.structure.dim, dtype=torch.bool)

@@ -25,7 +25,8 @@ class Rule:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return Σ_k w_k f_k of values (K, ...)."""
-        return torch.tensordot(self.weights, values, dims=1)
+        mean: Tensor = torch.tensordot(self.weights, values, dims=1)
+        return mean
 
     @property
     def first_pair(self) -> "Rule":

@@ -14,6 +14,7 @@ not a bias). With J = 0 it is a dense matrix, with G = 0 and C = 1 a diagonal. A
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -174,3 +175,63 @@ class Arrowhead:
     def matrix(self) -> Tensor:
         """Return the matrix in full (D, D)."""
         return self.times(torch.eye(self.structure.dim, dtype=self.corner.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """A root R of the inverse of a positive definite arrowhead P: P⁻¹ = R Rᵀ.
+
+    R is triangular by blocks, groups first: eliminating the groups leaves the Schur complement of the dense
+    coordinates, S = A − Σ_j B_jᵀ D_j⁻¹ B_j.
+    """
+
+    structure: Structure
+    dense: Tensor  # (G, G), lower triangular with a positive diagonal: S⁻¹ is its product with its transpose
+    groups: Tensor  # (J, C, C): likewise of each D_j⁻¹, not triangular
+    coupling: Tensor  # W_j = groupsᵀ_j B_j (J, C, G)
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return R v (..., D): v has unit covariance where R v has covariance P⁻¹."""
+        result = torch.empty_like(v)
+        dense = v[..., self.structure.dense] @ self.dense.T
+        rest = v[..., self.structure.groups] - torch.einsum("jcg,...g->...jc", self.coupling, dense)
+        result[..., self.structure.dense] = dense
+        result[..., self.structure.groups] = torch.einsum("jbc,...jc->...jb", self.groups, rest)
+        return result
+
+    def transpose_times(self, g: Tensor) -> Tensor:
+        """Return Rᵀ g (..., D)."""
+        result = torch.empty_like(g)
+        groups = torch.einsum("jbc,...jb->...jc", self.groups, g[..., self.structure.groups])
+        dense = g[..., self.structure.dense] - torch.einsum("jcg,...jc->...g", self.coupling, groups)
+        result[..., self.structure.dense] = dense @ self.dense
+        result[..., self.structure.groups] = groups
+        return result
+
+    def inverse_times(self, x: Tensor) -> Tensor:
+        """Return R⁻¹ x (..., D)."""
+        result = torch.empty_like(x)
+        dense, groups = x[..., self.structure.dense], x[..., self.structure.groups]
+        result[..., self.structure.dense] = torch.linalg.solve_triangular(self.dense.T, dense, upper=True, left=False)
+        result[..., self.structure.groups] = torch.linalg.solve(self.groups, groups[..., None])[..., 0] + torch.einsum(
+            "jcg,...g->...jc", self.coupling, dense
+        )
+        return result
+
+    @cached_property
+    def stddev(self) -> Tensor:
+        """The square root of the diagonal of P⁻¹ (D,)."""
+        variance = self.dense.new_empty(self.structure.dim)
+        variance[self.structure.dense] = self.dense.square().sum(1)
+        shared = self.groups @ (self.coupling @ self.dense)  # (J, C, G)
+        variance[self.structure.groups] = self.groups.square().sum(2) + shared.square().sum(2)
+        return variance.sqrt()
+
+    def matrix(self) -> Tensor:
+        """Return R in full (D, D)."""
+        return self.times(torch.eye(self.structure.dim, dtype=self.dense.dtype)).T
+
+    def log_det(self) -> Tensor:
+        """Return log|det R|."""
+        log_det: Tensor = self.dense.diagonal().log().sum() + torch.linalg.slogdet(self.groups).logabsdet.sum()
+        return log_det

@@ -86,6 +86,16 @@ class Subsample:
                 break
         return Subsample(self.model, chosen)
 
+    def top(self, num_rows: int) -> "Subsample":
+        """Return the subsample of the first rows of each chunk, so many of them at most."""
+        return Subsample(
+            self.model,
+            {
+                chunk: {name: values[:num_rows] for name, values in batch.items()}
+                for chunk, batch in self.batches.items()
+            },
+        )
+
     def each(self, work: Pass[Sums]) -> list[Sums]:
         """Return the sums of a pass over each chunk of S."""
         with single_thread():

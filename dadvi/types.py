@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     CERTIFICATE = 6
     CURVATURE = 7
     FAMILY = 8
+    RESPONSE = 9
 
 
 def whole_number(name: str, value: object) -> int:
