@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
+from dadvi.sharding import Manifest
 from dadvi.sharding.cache import ChunkCache
 from dadvi.structure import Structure
 from dadvi.types import Batch, FloatArray
@@ -100,10 +101,9 @@ class HessianVector(Pass[HessianSums]):
         num_points = len(self.points)
         weights = np.full(num_points, 1 / num_points) if self.weights is None else self.weights
         eta = torch.tensor(self.points, requires_grad=True)
-        log_lik = model.log_lik(eta, batch)
+        log_lik = torch.from_numpy(weights) @ model.log_lik(eta, batch)
         work = num_points * len(next(iter(batch.values())))
-        tangents = torch.from_numpy(self.tangents)
-        return HessianSums(hessian_products(log_lik.sum(), eta, torch.from_numpy(weights), tangents, work).numpy())
+        return HessianSums(hessian_products(log_lik, eta, torch.from_numpy(self.tangents), work).numpy())
 
 
 class ExpansionSums(NamedTuple):
@@ -161,19 +161,18 @@ def expected_hessian(
     point = theta[None].clone().requires_grad_()
     loc, log_scale = point[0].split(noise.shape[1])
     value = weights @ function(loc + log_scale.exp() * noise)
-    one = torch.ones(1, dtype=point.dtype)
-    return hessian_products(value, point, one, torch.from_numpy(tangents), max(work, noise.numel()))
+    return hessian_products(value, point, torch.from_numpy(tangents), max(work, noise.numel()))
 
 
-def hessian_products(value: Tensor, eta: Tensor, weights: Tensor, tangents: Tensor, work: int) -> Tensor:
-    """Return Σ_k w_k ∇²f(η_k) v_t (T, D) for a scalar Σ_k f(η_k).
+def hessian_products(value: Tensor, eta: Tensor, tangents: Tensor, work: int) -> Tensor:
+    """Return Σ_k ∇²f_k(η_k) v_t (T, D) for a scalar Σ_k f_k(η_k).
 
     Parameters
     ----------
     value
         The scalar.
-    eta, weights
-        Points (K, D) that it was computed from, and w (K,).
+    eta
+        Points (K, D) that it was computed from.
     tangents
         v (T, D): the same at every point.
     work
@@ -193,7 +192,7 @@ def hessian_products(value: Tensor, eta: Tensor, weights: Tensor, tangents: Tens
         (product,) = torch.autograd.grad(
             grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        products.append(torch.einsum("tkd,k->td", product, weights))
+        products.append(product.sum(1))
     return torch.cat(products)
 
 
@@ -228,6 +227,9 @@ def sum_shard(
 ) -> Sums:
     """Sum a pass over chunks of one shard, in the order of `members`.
 
+    Chunks with fewer rows than the model has coordinates are taken some at a time: gradients and the like have an
+    element for every coordinate, whatever the rows, and should not be made anew for a few of these.
+
     Parameters
     ----------
     chunks
@@ -245,41 +247,59 @@ def sum_shard(
         If the pass fails; with shard and chunk.
 
     """
-    manifest = chunks.data.manifest
+    at_once = max(1, model.model.dim // chunks.data.manifest.chunk_rows)
     total: Sums | None = None
     with single_thread():
-        for chunk in members:
-            where = f"shard {manifest.shard(chunk)}, chunk {chunk}"
-            try:
-                batch = chunks.read(chunk, model.fields)
-                if check:
-                    model.check_rows(batch, manifest.rows(chunk)[0])
-                part = work.on_chunk(model, batch)
-            except InputError as error:
-                raise type(error)(str(error) if where in str(error) else f"{error} ({where})") from error
-            except OSError as error:  # may pass: the executor retries it
-                raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
-            except IndexError as error:
-                first, last = manifest.rows(chunk)
-                codes = {
-                    name: f"{int(values.min())} to {int(values.max())}"
-                    for name, values in batch.items()
-                    if not (values.is_floating_point() or values.dtype == torch.bool)
-                }
-                raise DataError(
-                    f"{error} in {where} (rows {first} to {last - 1}): an integer field indexes beyond a latent. Their "
-                    f"values there: {codes}; give the latent an element for every code, or mend the data"
-                ) from error
-            except Exception as error:
-                first, last = manifest.rows(chunk)
-                raise WorkError(
-                    f"pass {work.name!r} failed on {where} (rows {first} to {last - 1}): {type(error).__name__}: "
-                    f"{error}"
-                ) from error
+        for first in range(0, len(members), at_once):
+            part = _sum_together(work, model, chunks, members[first : first + at_once], check=check)
             total = part if total is None else add(total, part)
     if total is None:
         raise DataError(f"pass {work.name!r} was given no chunks")
     return total
+
+
+def _sum_together(
+    work: Pass[Sums], model: BoundModel, chunks: ChunkCache, members: Sequence[int], *, check: bool
+) -> Sums:
+    """Return the sums over the rows of some chunks, as `sum_shard`."""
+    manifest = chunks.data.manifest
+    read: list[Batch] = []
+    shard, chunk = manifest.shard(members[0]), members[0]
+    where = f"shard {shard}, chunk {chunk}"
+    try:
+        for chunk in members:
+            where = f"shard {shard}, chunk {chunk}"
+            read.append(chunks.read(chunk, model.fields))
+            if check:
+                model.check_rows(read[-1], manifest.rows(chunk)[0])
+        if len(read) > 1:
+            where = f"shard {shard}, chunks {members[0]} to {chunk}"
+            batch: Batch = {name: torch.cat([each[name] for each in read]) for name in model.fields}
+        else:
+            batch = read[0]
+        return work.on_chunk(model, batch)
+    except InputError as error:
+        raise type(error)(str(error) if where in str(error) else f"{error} ({where})") from error
+    except OSError as error:  # may pass: the executor retries it
+        raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
+    except IndexError as error:
+        codes = {
+            name: f"{int(values.min())} to {int(values.max())}"
+            for name, values in batch.items()
+            if not (values.is_floating_point() or values.dtype == torch.bool)
+        }
+        raise DataError(
+            f"{error} in {where} ({_rows(manifest, members)}): an integer field indexes beyond a latent. Their values "
+            f"there: {codes}; give the latent an element for every code, or mend the data"
+        ) from error
+    except Exception as error:
+        raise WorkError(
+            f"pass {work.name!r} failed on {where} ({_rows(manifest, members)}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _rows(manifest: Manifest, members: Sequence[int]) -> str:
+    return f"rows {manifest.rows(members[0])[0]} to {manifest.rows(members[-1])[1] - 1}"
 
 
 @contextmanager

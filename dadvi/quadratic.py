@@ -226,8 +226,7 @@ def prior_products(model: Model, at: Rule, tangents: FloatArray) -> Tensor:
 
     """
     eta = at.nodes.detach().requires_grad_()
-    value = model.log_prior(eta).sum()
-    return hessian_products(value, eta, at.weights, torch.from_numpy(tangents), eta.numel())
+    return hessian_products(at.weights @ model.log_prior(eta), eta, torch.from_numpy(tangents), eta.numel())
 
 
 def prior_hessian(model: Model, at: Rule, structure: Structure) -> Arrowhead:

@@ -149,8 +149,8 @@ def _improve(
         return log_joint(model, eta, torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad))
 
     def theta_at(x: FloatArray) -> dict[str, Tensor]:
-        v, log_scale = torch.from_numpy(x.copy()).split(model.dim)
-        return {"loc": unit * v, "log_scale": log_scale}
+        v, change = torch.from_numpy(x.copy()).split(model.dim)
+        return {"loc": unit * v, "log_scale": log_scale + LARGEST_CHANGE * (change / LARGEST_CHANGE).tanh()}
 
     def negative_elbo(x: FloatArray) -> tuple[float, FloatArray]:
         if not np.isfinite(x).all():  # after an infinite value the line search asks for anything
@@ -158,19 +158,24 @@ def _improve(
         est = whitening.estimate(theta_at(x), noise, log_joint_given_s)
         if not np.isfinite(est.elbo):
             return np.inf, np.zeros_like(x)
-        return -est.elbo, -torch.cat([unit * est.grad["loc"], est.grad["log_scale"]]).numpy()
+        rate = 1 - torch.from_numpy(np.tanh(x[model.dim :] / LARGEST_CHANGE)).square()
+        return -est.elbo, -torch.cat([unit * est.grad["loc"], rate * est.grad["log_scale"]]).numpy()
 
-    unit = 1.0
-    log_scale = _first_log_scale(negative_elbo, model, center)
-    x = np.concatenate([np.zeros(model.dim), np.full(model.dim, log_scale)])
+    unit, log_scale = 1.0, 0.0
+    x = np.zeros(2 * model.dim)
+
+    def narrowed_by(change: float) -> float:
+        nonlocal log_scale
+        log_scale = change
+        return negative_elbo(x)[0]
+
+    log_scale = _first_log_scale(narrowed_by, model, center)
     unit = _first_step(negative_elbo, x, model.dim, np.exp(log_scale))  # L-BFGS tries a step of length 1 first
-    unbounded, bounded = (None, None), (log_scale - LARGEST_CHANGE, log_scale + LARGEST_CHANGE)
     solution = scipy.optimize.minimize(
         negative_elbo,
         x,
         jac=True,
         method="L-BFGS-B",
-        bounds=[unbounded] * model.dim + [bounded] * model.dim,
         options={"maxiter": ROUND_ITERATIONS, "maxcor": 30, "ftol": 1e-9},
     )
     if not (np.isfinite(solution.x).all() and np.isfinite(solution.fun)):
@@ -195,7 +200,7 @@ def _first_step(objective: Objective, x: FloatArray, dim: int, shortest: float) 
     return max(shortest, float(np.linalg.norm(along)))
 
 
-def _first_log_scale(negative_elbo: Objective, model: Model, center: Tensor) -> float:
+def _first_log_scale(negative_elbo: Callable[[float], float], model: Model, center: Tensor) -> float:
     """Return the first log scale, 0 or a negative multiple of log 10, at which narrowing no longer raises the ELBO.
 
     A flat start can be so wide that its draws overflow the likelihood.
@@ -203,7 +208,7 @@ def _first_log_scale(negative_elbo: Objective, model: Model, center: Tensor) -> 
     best, log_scale = np.inf, 0.0
     for narrowing in range(NARROWINGS):
         narrower = -narrowing * np.log(10)
-        value = negative_elbo(np.concatenate([np.zeros(model.dim), np.full(model.dim, narrower)]))[0]
+        value = negative_elbo(narrower)
         if np.isfinite(best) and not value < best:
             return log_scale
         best, log_scale = value, narrower

@@ -12,6 +12,7 @@ PACKAGE = Path(dadvi.__file__).parent
 ORDER = [
     "errors",
     "types",
+    "acceleration",
     "sharding",
     "supports",
     "bijections",
@@ -29,6 +30,8 @@ ORDER = [
     "subsample",
     "probing",
     "local",
+    "response",
+    "descent",
     "optim",
     "posterior",
     "checkpoint",
