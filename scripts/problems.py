@@ -39,7 +39,7 @@ Fields: TypeAlias = dict[str, Any]
 BLOCK_ROWS = 100_000
 """Rows that are drawn at once where the data may not fit in memory."""
 
-PREDICTOR_NODES = 7
+PREDICTOR_NODES = 5
 """Gauss-Hermite nodes for a linear predictor: its sd is at most about 0.2 where there are no groups."""
 
 WIDE_NODES = 9
@@ -227,26 +227,31 @@ def negative_binomial(rng: np.random.Generator, num_rows: int, dim: int = 50) ->
     def likelihood(beta, size, x, offset):
         return NegativeBinomial(size, logits=x @ beta + offset - size.log())
 
-    def log_lik(at: Tensor, rows: Rows) -> Tensor:
-        y, log_mean, size = rows["y"], at[0] + rows["offset"], at[1].exp()
-        falling = torch.lgamma(y + size) - torch.lgamma(size)
-        return falling + y * (log_mean - at[1]) - (y + size) * softplus(log_mean - at[1])
+    def of_both(at: Tensor, rows: Rows) -> Tensor:
+        logits = at[0] + rows["offset"] - at[1]
+        return rows["y"] * logits - (rows["y"] + at[1].exp()) * softplus(logits)
+
+    def of_size(at: Tensor, rows: Rows) -> Tensor:
+        return torch.lgamma(rows["y"] + at[0].exp())
+
+    both = by_quadrature(of_both, (PREDICTOR_NODES, SCALAR_NODES))
+    alone = by_quadrature(of_size, (SCALAR_NODES,))  # apart, since its derivatives are slow
+    every = by_quadrature(lambda at, _: -torch.lgamma(at[0].exp()), (SCALAR_NODES,))
+
+    def log_lik(means: Tensor, sds: Tensor, rows: Rows) -> Tensor:
+        return both(means, sds, rows) + alone(means[1:], sds[1:], rows)
 
     def log_prior(mean: Tensor, sd: Tensor) -> Tensor:
-        return expected_normal(mean[:dim], sd[:dim]) + expected_half_normal(mean[dim:], sd[dim:], 5.0)
+        coefficients = expected_normal(mean[:dim], sd[:dim])
+        size = expected_half_normal(mean[dim:], sd[dim:], 5.0)
+        return coefficients + size + num_rows * every(mean[dim:, None], sd[dim:, None], {}).sum()
 
     prior = {"beta": Normal(torch.zeros(dim), 1.0), "size": HalfNormal(5.0)}
     return Drawn(
         {**fields, "y": rng.poisson(rng.gamma(size, np.exp(log_mean) / size))},
         dadvi.Model(prior, likelihood, "y"),
         torch.from_numpy(np.append(beta, np.log(size))),
-        Target(
-            dim + 1,
-            0,
-            partial(predictor_locals, num_scalars=1),
-            by_quadrature(log_lik, (PREDICTOR_NODES, SCALAR_NODES)),
-            log_prior,
-        ),
+        Target(dim + 1, 0, partial(predictor_locals, num_scalars=1), log_lik, log_prior),
     )
 
 
@@ -259,13 +264,19 @@ def student(rng: np.random.Generator, num_rows: int, dim: int = 50) -> Drawn:
 
     def log_lik(at: Tensor, rows: Rows) -> Tensor:
         residual, df = (rows["y"] - at[0]) * (-at[1]).exp(), at[2].exp()
-        scaled = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - at[2] / 2 - at[1]
-        return scaled - (df + 1) / 2 * torch.log1p(residual.square() / df)
+        return -at[1] - (df + 1) / 2 * torch.log1p(residual.square() / df)
+
+    def normaliser(at: Tensor, _: Rows) -> Tensor:
+        half = at[0].exp() / 2
+        return torch.lgamma(half + 0.5) - torch.lgamma(half) - at[0] / 2
+
+    every = by_quadrature(normaliser, (SCALAR_NODES,))
 
     def log_prior(mean: Tensor, sd: Tensor) -> Tensor:
         coefficients = expected_normal(mean[:dim], sd[:dim])
         scale = expected_half_normal(mean[dim], sd[dim], 2.0)
-        return coefficients + scale + expected_gamma(mean[dim + 1], sd[dim + 1], 2.0, 0.1)
+        df = expected_gamma(mean[dim + 1], sd[dim + 1], 2.0, 0.1)
+        return coefficients + scale + df + num_rows * every(mean[dim + 1 :, None], sd[dim + 1 :, None], {}).sum()
 
     prior = {"beta": Normal(torch.zeros(dim), 1.0), "scale": HalfNormal(2.0), "df": Gamma(2.0, 0.1)}
     return Drawn(
@@ -367,11 +378,7 @@ def centred(rng: np.random.Generator, num_rows: int, num_groups: int, dim: int =
     def log_prior(mean: Tensor, sd: Tensor) -> Tensor:
         a, b = 1 + dim, 2 + dim
         coefficients = expected_normal(mean[:a], sd[:a])
-        return (
-            coefficients
-            + expected_half_normal(mean[a], sd[a])
-            + expected_effects(mean[b:], sd[b:], mean[a], sd[a])
-        )
+        return coefficients + expected_half_normal(mean[a], sd[a]) + expected_effects(mean[b:], sd[b:], mean[a], sd[a])
 
     return Drawn(
         fields,

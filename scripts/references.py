@@ -23,6 +23,7 @@ reached by μ ← μ + P⁻¹ E_q[∇ log π], Σ ← Σ(P), and has been reache
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -34,12 +35,21 @@ import dadvi
 Rows: TypeAlias = dict[str, Tensor]
 """Fields of some rows, floating and boolean ones as float64."""
 
-TOLERANCE = 1e-4
+TOLERANCE = 3e-4
 """Where the iteration ends: the largest step, in posterior sds, and the largest relative change of an sd."""
 
 MOST_ITERATIONS = 100
 NARROW = 1e-6
 """Sds of the q that the iteration starts with: there is nothing yet to tell them."""
+
+SD_ITERATIONS = 2
+"""Before the first step of the mean: where a scale is uncertain, the step depends on the sds."""
+
+ROUNDING = 1e-11
+"""Relative fall of the ELBO that is none: sums over millions of rows differ by it."""
+
+SHORTEST = 1e-6
+"""Fraction of a step below which there is nothing to be gained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +70,10 @@ class Target:
     log_lik: Callable[[Tensor, Tensor, Rows], Tensor]
     """Means (L, n) and sds (L, n) of the locals to E_q ℓ_i (n,), up to a constant; differentiable in the means."""
     log_prior: Callable[[Tensor, Tensor], Tensor]
-    """Means (D,) and sds (D,) to E_q of log prior and log-det, up to a constant; differentiable in the means."""
+    """Means (D,) and sds (D,) to E_q of log prior and log-det, up to a constant; differentiable in the means.
+
+    A term of ℓ_i that is the same for every row may be here, times the number of rows.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +114,62 @@ class Arrow:
 
 
 @dataclass(frozen=True, eq=False)
+class Q:
+    """A Gaussian by its mean and precision: a diagonal (D,) for mean field, a matrix (D, D) for full rank."""
+
+    loc: Tensor  # (D,)
+    precision: Tensor
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether the precision is a matrix."""
+        return self.precision.dim() == 2
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Σ (D, D), or its diagonal (D,) for mean field."""
+        return torch.linalg.inv(self.precision) if self.full_rank else 1 / self.precision
+
+    @property
+    def variances(self) -> Tensor:
+        """The diagonal of Σ (D,)."""
+        return self.covariance.diagonal() if self.full_rank else self.covariance
+
+    def entropy(self) -> float:
+        """Return the entropy up to a constant: −½ log|Σ⁻¹|."""
+        return -0.5 * float(self.precision.logdet() if self.full_rank else self.precision.log().sum())
+
+    def moved(self, step: Tensor, curvature: Arrow, fraction: float = 1.0) -> "Q":
+        """Return N(μ + t step, ((1 − t) Σ⁻¹ + t P)⁻¹), of P only what the family can have."""
+        best = curvature.dense if self.full_rank else curvature.diagonal
+        return Q(self.loc + fraction * step, (1 - fraction) * self.precision + fraction * best)
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What q sees of log π."""
+
+    elbo: float  # up to a constant
+    grad: Tensor  # E_q[∇ log π] (D,)
+    precision: Arrow  # −E_q[∇² log π]
+
+
+@dataclass(frozen=True, eq=False)
 class Optimum:
     """The best Gaussian, and how surely it is that."""
 
     loc: Tensor  # (D,)
     stddev: Tensor  # of the best Gaussian (D,)
     marginal: Tensor  # sqrt(diag P⁻¹) (D,): the posterior sds in which errors of the mean are counted
-    residual: float  # the last step in posterior sds, or the last relative change of an sd
+    residual: float  # the last step in posterior sds, or the last relative change of an sd if that is larger
     iterations: int
     seconds: float
 
 
 def optimum(target: Target, data: dadvi.ShardedDataset, start: Tensor, *, full_rank: bool = False) -> Optimum:
     """Return the optimum of the mean-field or the full-rank family.
+
+    A step that lowers the ELBO is halved until it does not.
 
     Parameters
     ----------
@@ -129,46 +185,56 @@ def optimum(target: Target, data: dadvi.ShardedDataset, start: Tensor, *, full_r
 
     """
     began = time.perf_counter()
-    loc, sd = start.double(), torch.full_like(start, NARROW, dtype=torch.float64)
-    covariance = sd.square().diag() if full_rank else None
+    narrow = torch.full_like(start, NARROW**-2, dtype=torch.float64)
+    q = Q(start.double(), narrow.diag() if full_rank else narrow)
+    here = expected(target, data, q)
+    for _ in range(SD_ITERATIONS):
+        q = q.moved(torch.zeros_like(q.loc), here.precision)
+        here = expected(target, data, q)
     for iteration in range(1, MOST_ITERATIONS + 1):
-        grad, precision = derivatives(target, data, loc, sd, covariance)
-        step, marginal = precision.solve(grad), precision.inverse_diagonal().sqrt()
-        if full_rank:
-            covariance = precision.inverse_schur()
-        new_sd = marginal if full_rank else precision.diagonal.rsqrt()
-        moved = max(float((step / marginal).abs().max()), float((sd / new_sd - 1).abs().max()))
-        loc, sd = loc + step, new_sd
-        if moved < TOLERANCE:
-            return Optimum(loc, sd, marginal, moved, iteration, time.perf_counter() - began)
-    raise RuntimeError(f"the reference still moves by {moved:.2g} sd after {MOST_ITERATIONS} iterations")
+        step, marginal = here.precision.solve(here.grad), here.precision.inverse_diagonal().sqrt()
+        best = q.moved(step, here.precision)
+        change = (best.variances / q.variances).sqrt() - 1
+        residual = max(float((step / marginal).abs().max()), float(change.abs().max()))
+        if residual < TOLERANCE:
+            seconds = time.perf_counter() - began
+            return Optimum(best.loc, best.variances.sqrt(), marginal, residual, iteration, seconds)
+        fraction, there = 1.0, expected(target, data, best)
+        while not there.elbo >= here.elbo - ROUNDING * abs(here.elbo):  # as for nan
+            fraction /= 2
+            if fraction < SHORTEST:
+                raise RuntimeError(f"iteration {iteration}: no step raises the ELBO, which is {residual:.2g} sd off")
+            best = q.moved(step, here.precision, fraction)
+            there = expected(target, data, best)
+        q, here = best, there
+    raise RuntimeError(f"the reference still moves by {residual:.2g} sd after {MOST_ITERATIONS} iterations")
 
 
-def derivatives(
-    target: Target, data: dadvi.ShardedDataset, loc: Tensor, sd: Tensor, covariance: Tensor | None = None
-) -> tuple[Tensor, Arrow]:
-    """Return E_q[∇ log π] (D,) and −E_q[∇² log π] at q = N(loc, diag(sd²)), or at the covariance (G, G) given."""
+def expected(target: Target, data: dadvi.ShardedDataset, q: Q) -> Expected:
+    """Return what q sees of log π, by one pass over the data."""
     G, J = target.num_dense, target.num_groups
-    grad, precision = _prior_derivatives(target, loc, sd)
-    dense, cross, groups = precision.dense, precision.cross, precision.groups
+    variances = q.variances
+    elbo, grad, prior = _prior_derivatives(target, q.loc, variances.sqrt())
+    dense, cross, groups = prior.dense, prior.cross, prior.groups
     for chunk in range(data.manifest.num_chunks):
         rows = as_double(data.read(chunk))
         at = target.locals_of(rows)
         a, codes = at.design, at.codes
-        means = a @ loc[:G]  # (L, n)
-        variances = a.square() @ sd[:G].square() if covariance is None else ((a @ covariance) * a).sum(2)
+        means = a @ q.loc[:G]  # (L, n)
+        spread = ((a @ q.covariance) * a).sum(2) if q.full_rank else a.square() @ variances[:G]
         if codes is not None:
-            means[0] += loc[G:][codes]
-            variances[0] += sd[G:].square()[codes]
-        slope, bend = _local_derivatives(target, means, variances.sqrt(), rows)
+            means[0] += q.loc[G:][codes]
+            spread[0] += variances[G:][codes]
+        value, slope, bend = _local_derivatives(target, means, spread.sqrt(), rows)
         bent = torch.einsum("lkn,kng->lng", bend, a)
+        elbo += value
         grad[:G] += torch.einsum("lng,ln->g", a, slope)
         dense -= (a.transpose(1, 2) @ bent).sum(0)
         if codes is not None:
             grad[G:] += torch.bincount(codes, slope[0], minlength=J)
             cross.index_add_(0, codes, bent[0], alpha=-1)
             groups -= torch.bincount(codes, bend[0, 0], minlength=J)
-    return grad, Arrow((dense + dense.T) / 2, cross, groups)
+    return Expected(elbo + q.entropy(), grad, Arrow((dense + dense.T) / 2, cross, groups))
 
 
 def as_double(rows: Rows) -> Rows:
@@ -177,27 +243,31 @@ def as_double(rows: Rows) -> Rows:
     return {name: values if values.dtype in whole else values.double() for name, values in rows.items()}
 
 
-def _local_derivatives(target: Target, means: Tensor, sds: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return the first (L, n) and second (L, L, n) derivatives of every row's f in the means (L, n) of its locals."""
+def _local_derivatives(target: Target, means: Tensor, sds: Tensor, rows: Rows) -> tuple[float, Tensor, Tensor]:
+    """Return Σ f over rows, and every row's first (L, n) and second (L, L, n) derivatives in the means of its locals."""
     means = means.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(target.log_lik(means, sds, rows).sum(), means, create_graph=True)
+    value = target.log_lik(means, sds, rows).sum()
+    (slope,) = torch.autograd.grad(value, means, create_graph=True)
     bend = [torch.autograd.grad(each.sum(), means, retain_graph=True)[0] for each in slope]
-    return slope.detach(), torch.stack(bend)
+    return float(value.detach()), slope.detach(), torch.stack(bend)
 
 
-def _prior_derivatives(target: Target, loc: Tensor, sd: Tensor) -> tuple[Tensor, Arrow]:
-    """Return the prior's gradient (D,) and precision, by a product with each dense unit vector and one with all groups.
+def _prior_derivatives(target: Target, loc: Tensor, sd: Tensor) -> tuple[float, Tensor, Arrow]:
+    """Return the prior's value, gradient (D,) and precision.
+
+    The last is measured by a product with each dense unit vector and one with all groups at once.
 
     A group effect's prior must depend on no other group effect, so that the last of these is the diagonal.
     """
     G, J = target.num_dense, target.num_groups
     mean = loc.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(target.log_prior(mean, sd), mean, create_graph=True)
+    value = target.log_prior(mean, sd)
+    (grad,) = torch.autograd.grad(value, mean, create_graph=True)
     unit = torch.eye(G, G + J, dtype=torch.float64)
     products = torch.stack([torch.autograd.grad(grad, mean, each, retain_graph=True)[0] for each in unit])
     every = torch.cat([torch.zeros(G), torch.ones(J)]).double()
     (diagonal,) = torch.autograd.grad(grad, mean, every)
-    return grad.detach(), Arrow(-products[:, :G], -products[:, G:].T.contiguous(), -diagonal[G:])
+    return float(value.detach()), grad.detach(), Arrow(-products[:, :G], -products[:, G:].T.contiguous(), -diagonal[G:])
 
 
 def gauss_hermite(num_nodes: int) -> tuple[Tensor, Tensor]:
