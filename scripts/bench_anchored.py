@@ -213,22 +213,27 @@ def as_table(rows: list[Measured]) -> Table:
     titles = ("problem", "N", "D", "passes", "status", "seconds", "RMS error (sd)", "worst sd", "certificate/truth")
     table = Table(*titles, "reach", title=f"anchored rounds, {WORKERS} workers, tol = {TOL:g}")
     for row in rows:
-        widths = f"{row.sd_error:.1%}"
+        widths = shown(row.sd_error, ".1%")
         if row.linear_response is not None:
             widths += f"\nlinear response {row.linear_response:.1%}"
         table.add_row(
             row.problem,
             f"{row.num_rows:,}",
             f"{row.dim:,}",
-            f"{row.passes:.2f}",
+            shown(row.passes, ".2f"),
             row.status,
-            f"{row.seconds:.1f}",
+            shown(row.seconds, ".1f"),
             "\n".join(f"{error:.4f} {part}" for part, error in row.errors.items()),
             widths,
             "\n".join(f"{each.certificate:.2g}/{each.truth:.2g}" for each in row.rounds if each.counts),
             "[red]MISSED[/]: " + "; ".join(row.missed) if row.missed else "reached",
         )
     return table
+
+
+def shown(value: float, form: str) -> str:
+    """Return a number as text, or nothing where it is not known."""
+    return "" if math.isnan(value) else format(value, form)
 
 
 def sizes(problem: Problem, options: argparse.Namespace) -> Iterator[tuple[int, tuple[int, ...]]]:
