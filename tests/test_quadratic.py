@@ -14,16 +14,20 @@ from dadvi.families import FullRank, Gaussian, LowRank, MeanField
 from dadvi.fit import bind_to
 from dadvi.quadratic import (
     Certificate,
-    DenseCurvature,
-    DiagonalCurvature,
+    Curvature,
     certify,
     curvature_chunks,
     curvature_of,
+    diagonal_probes,
     measure_curvature,
+    prior_hessian,
     prior_products,
 )
+from dadvi.quadrature import Rule
+from dadvi.structure import Structure
 
 D = 5
+FULL = Structure.full(D)
 
 
 def tensor(*shape, seed=0):
@@ -66,7 +70,7 @@ def with_condition(condition):
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
 def test_root_is_triangular_and_whitens(condition):
     P = with_condition(condition)
-    curvature = DenseCurvature.of(P)
+    curvature = Curvature.dense(P)
     R = curvature.root
     assert torch.equal(R, R.tril())
     assert (R.diagonal() > 0).all()
@@ -84,18 +88,18 @@ def test_units_of_the_coordinates_do_not_matter():
     # Sds from 1e-6 to 1e6: a condition number of 1e24, which is one of units only.
     P = with_condition(10.0)
     units = torch.logspace(-6, 6, D, dtype=torch.float64)
-    plain, scaled = DenseCurvature.of(P), DenseCurvature.of(P * units[:, None] * units)
+    plain, scaled = Curvature.dense(P), Curvature.dense(P * units[:, None] * units)
     torch.testing.assert_close(scaled.root * units[:, None], plain.root)
     torch.testing.assert_close(scaled.precision_diagonal / units.square(), plain.precision_diagonal)
 
 
 def test_negative_curvature_counts_by_its_absolute_value():
     # [[1, 2], [2, 1]] has eigenvalues 3 and -1 along (1, 1) and (1, -1); with 3 and +1 it is [[2, 1], [1, 2]].
-    curvature = DenseCurvature.of(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
+    curvature = Curvature.dense(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
     expected = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     torch.testing.assert_close(precision_of(curvature), expected)
     torch.testing.assert_close(curvature.precision_diagonal, expected.diagonal())
-    negative = DenseCurvature.of(-with_condition(100.0))
+    negative = Curvature.dense(-with_condition(100.0))
     torch.testing.assert_close(precision_of(negative), with_condition(100.0))
     g = tensor(2, seed=3)
     assert g @ curvature.solve(g) > 0  # the step is uphill
@@ -104,31 +108,30 @@ def test_negative_curvature_counts_by_its_absolute_value():
 def test_a_coordinate_without_curvature_leaves_the_others_as_they_are():
     P = torch.zeros(D, D, dtype=torch.float64)
     P[1:, 1:] = with_condition(10.0)[1:, 1:]
-    curvature = DenseCurvature.of(P)
+    curvature = Curvature.dense(P)
     assert torch.isfinite(curvature.root).all()
     torch.testing.assert_close(curvature.stddev[1:], torch.linalg.inv(P[1:, 1:]).diagonal().sqrt())
     assert curvature.stddev[0] > 1e4 * curvature.stddev[1:].max()  # nothing is known of it
-    assert torch.isfinite(DenseCurvature.of(torch.zeros(D, D, dtype=torch.float64)).root).all()
+    assert torch.isfinite(Curvature.dense(torch.zeros(D, D, dtype=torch.float64)).root).all()
 
 
-def test_probes_find_a_diagonal_hessian_exactly(monkeypatch):
-    monkeypatch.setattr(quadratic, "DENSE_LIMIT", D - 1)
+def test_probes_find_a_diagonal_hessian_exactly():
     diagonal = torch.tensor([1e-3, 1.0, -4.0, 50.0, 2e5], dtype=torch.float64)
-    curvature = curvature_of(lambda tangents: torch.from_numpy(tangents) * diagonal, D, seed=0)
-    assert isinstance(curvature, DiagonalCurvature)
+    probes = diagonal_probes(D, seed=0)
+    curvature = curvature_of(torch.from_numpy(probes) * diagonal, probes, None)
+    assert curvature.structure.groups.shape == (D, 1)
+    assert not curvature.is_full
     torch.testing.assert_close(curvature.precision_diagonal, diagonal.abs())
     v = tensor(D)
     torch.testing.assert_close(curvature.root_times(v), v / diagonal.abs().sqrt())
     torch.testing.assert_close(curvature.root_transpose_times(v), v / diagonal.abs().sqrt())
 
 
-def test_probes_estimate_a_diagonal_without_bias(monkeypatch):
+def test_probes_estimate_a_diagonal_without_bias():
     # A probe's error is Σ_{j≠i} H_ij v_i v_j, of variance Σ_{j≠i} H_ij²; 40 seeds of 32 probes each.
-    monkeypatch.setattr(quadratic, "DENSE_LIMIT", D - 1)
     H = with_condition(100.0)
-    found = torch.stack(
-        [curvature_of(lambda v: torch.from_numpy(v) @ H, D, seed).precision_diagonal for seed in range(40)]
-    )
+    probes = [diagonal_probes(D, seed) for seed in range(40)]
+    found = torch.stack([curvature_of(torch.from_numpy(v) @ H, v, None).precision_diagonal for v in probes])
     error = ((H.square().sum(1) - H.diagonal().square()) / (40 * quadratic.DIAGONAL_PROBES)).sqrt()
     assert ((found.mean(0) - H.diagonal()).abs() < 4 * error).all()
 
@@ -139,7 +142,7 @@ def test_probes_estimate_a_diagonal_without_bias(monkeypatch):
 @pytest.mark.parametrize("num_points", [1, 3])
 def test_curvature_of_a_gaussian_target_is_its_precision(executor, regression, num_points):
     eta = tensor(num_points, D)
-    curvature = measure_curvature(executor, eta, range(9), seed=0)
+    curvature = measure_curvature(executor, eta, range(9), 0, FULL)
     precision = torch.linalg.inv(torch.from_numpy(regression.covariance))
     torch.testing.assert_close(precision_of(curvature), precision, rtol=1e-10, atol=1e-8)
     torch.testing.assert_close(curvature.precision_diagonal, precision.diagonal(), rtol=1e-10, atol=0)
@@ -147,7 +150,7 @@ def test_curvature_of_a_gaussian_target_is_its_precision(executor, regression, n
 
 def test_curvature_of_a_sample_of_chunks_is_unbiased(executor, regression):
     # Every single chunk in turn: scaled by C/m = 9 each, with the prior once in each, they average to the precision.
-    parts = [precision_of(measure_curvature(executor, tensor(1, D), [chunk], seed=0)) for chunk in range(9)]
+    parts = [precision_of(measure_curvature(executor, tensor(1, D), [chunk], 0, FULL)) for chunk in range(9)]
     precision = torch.linalg.inv(torch.from_numpy(regression.covariance))
     torch.testing.assert_close(torch.stack(parts).mean(0), precision, rtol=1e-9, atol=1e-7)
 
@@ -160,7 +163,7 @@ def test_curvature_of_the_prior_enters_once_and_at_its_own_points(write):
     eta, prior_eta = torch.zeros(1, 1).double(), torch.tensor([[0.2], [1.1]]).double()
     # log p(e^η) + η = -2 η - 3 e^-η + const: minus the second derivative is 3 e^-η.
     for points, at in [(None, eta), (prior_eta, prior_eta)]:
-        curvature = measure_curvature(executor, eta, [0, 2], 0, points)
+        curvature = measure_curvature(executor, eta, [0, 2], 0, Structure.full(1), points)
         torch.testing.assert_close(curvature.precision_diagonal, 3 * (-at).exp().mean(0))
 
 
@@ -170,26 +173,41 @@ def test_prior_products_are_those_of_the_hessian():
         log_likelihood=lambda beta, x: x,
     )
     eta, tangents = tensor(2, 4, seed=1), tensor(3, 4, seed=2)
-    hessian = sum(torch.autograd.functional.hessian(lambda e: model.log_prior(e[None])[0], point) for point in eta) / 2
-    torch.testing.assert_close(prior_products(model, eta, tangents.numpy()), tangents @ hessian)
+    weights = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    hessians = [torch.autograd.functional.hessian(lambda e: model.log_prior(e[None])[0], point) for point in eta]
+    hessian = 0.3 * hessians[0] + 0.9 * hessians[1]
+    torch.testing.assert_close(prior_products(model, Rule(eta, weights), tangents.numpy()), tangents @ hessian)
+    for structure in (Structure.full(4), grouped_effects()):
+        torch.testing.assert_close(prior_hessian(model, Rule(eta, weights), structure).matrix(), hessian)
+
+
+def grouped_effects():
+    """The structure of tau, which is dense, and of three effects, each a group."""
+    return Structure.grouped(4, [torch.arange(1, 4)], np.random.default_rng(0))
 
 
 def test_products_of_a_prior_without_curvature_are_zero():
     for support in (torch.distributions.constraints.real, torch.distributions.constraints.positive):
         model = dadvi.Model(prior={"z": dadvi.Flat(3, support)}, log_likelihood=lambda z, x: x)
-        assert torch.equal(prior_products(model, tensor(2, 3), np.eye(3)), torch.zeros(3, 3).double())
+        assert torch.equal(prior_products(model, Rule.equal(tensor(2, 3)), np.eye(3)), torch.zeros(3, 3).double())
 
 
 def test_curvature_is_measured_within_its_budget(executor, monkeypatch):
     manifest = executor.data.manifest
-    assert list(curvature_chunks(manifest, D, seed=0)) == list(range(9))
+    assert list(curvature_chunks(manifest, FULL, seed=0)) == list(range(9))
     monkeypatch.setattr(quadratic, "CURVATURE_WORK", 3 * 24 * D)  # three chunks' rows times D tangents
-    chosen = [list(curvature_chunks(manifest, D, seed)) for seed in (0, 0, 1, 2)]
+    chosen = [list(curvature_chunks(manifest, FULL, seed)) for seed in (0, 0, 1, 2)]
     assert all(len(set(chunks)) == 3 for chunks in chosen)
     assert chosen[0] == chosen[1]
     assert len({tuple(chunks) for chunks in chosen}) > 1
     monkeypatch.setattr(quadratic, "CURVATURE_WORK", 1.0)
-    assert len(curvature_chunks(manifest, D, seed=0)) == 1
+    assert len(curvature_chunks(manifest, FULL, seed=0)) == 1
+    # As many tangents as the structure has: two for scalar effects of groups and a slope, 32 without a structure.
+    monkeypatch.setattr(quadratic, "CURVATURE_WORK", 64 * 24)
+    effects = Structure.grouped(10_001, [torch.arange(10_000)], np.random.default_rng(0))
+    monkeypatch.setattr(quadratic, "DIAGONAL_PROBES", 32)
+    assert len(curvature_chunks(manifest, effects, seed=0)) == 9
+    assert len(curvature_chunks(manifest, None, seed=0)) == 2
 
 
 # Certificates ----------------------------------------------------------------------------------------------------
@@ -213,7 +231,8 @@ def test_certificate_is_the_true_distance_on_a_gaussian_target(executor, regress
     root = (0.5 * tensor(D, D, seed=seed).tril(-1) + tensor(D, seed=seed + 10).exp().diag()) * sd.mean()
     away = 3 * tensor(D, seed=seed + 20) * sd
     q = member(family, loc + away, root)
-    certificate, _ = certify(executor, q, seed)
+    certificate, _, curvature = certify(executor, q, seed, FULL)
+    torch.testing.assert_close(curvature.stddev, sd, rtol=1e-9, atol=0)
     assert certificate.max == pytest.approx(float((away / sd).abs().max()), rel=1e-9)
     assert certificate.rms == pytest.approx(float((away / sd).square().mean().sqrt()), rel=1e-9)
     if isinstance(family, LowRank):
@@ -227,7 +246,7 @@ def test_certificate_is_the_true_distance_on_a_gaussian_target(executor, regress
 def test_certificate_is_zero_at_the_optimum(executor, regression, family):
     loc, sd = (torch.from_numpy(each) for each in regression.optimum(family))
     root = torch.linalg.cholesky(torch.from_numpy(regression.covariance)) if family == "full_rank" else sd.diag()
-    certificate, _ = certify(executor, member(dadvi.families.make_family(family), loc, root), seed=0)
+    certificate, _, _ = certify(executor, member(dadvi.families.make_family(family), loc, root), 0, FULL)
     assert max(certificate.max, certificate.rms, certificate.sd_error) < 1e-8
     assert certificate.within(1e-8)
 
@@ -246,11 +265,12 @@ def test_elbo_of_the_certificate_is_the_log_evidence_at_the_posterior(write):
     target = targets.normal_normal(num_rows=100)
     executor = executor_of(target.model(), write(target.fields, chunk_rows=16, shard_rows=32))
     loc, sd = (torch.from_numpy(each) for each in target.optimum("full_rank"))
-    elbos = [certify(executor, member(MeanField(), loc, sd.diag()), seed)[1] for seed in range(40)]
+    one = Structure.full(1)
+    elbos = [certify(executor, member(MeanField(), loc, sd.diag()), seed, one)[1] for seed in range(40)]
     error = (0.5 / 8 / 40) ** 0.5
     assert np.std(elbos) < 2 * (0.5 / 8) ** 0.5
     assert abs(np.mean(elbos) - target.log_evidence) < 4 * error
-    away = [certify(executor, member(MeanField(), loc + 2 * sd, sd.diag()), seed)[1] for seed in range(40)]
+    away = [certify(executor, member(MeanField(), loc + 2 * sd, sd.diag()), seed, one)[1] for seed in range(40)]
     assert abs(np.mean(away) - (target.log_evidence - 2.0)) < 4 * error  # KL(q‖posterior) = δ²/2
 
 
@@ -291,26 +311,26 @@ def logistic(tmp_path_factory):
 @pytest.mark.parametrize("seed", range(4))
 def test_certificate_of_a_logistic_regression_is_near_the_true_distance(logistic, seed):
     executor, loc, sd = logistic
-    at_optimum, _ = certify(executor, member(MeanField(), loc, sd.diag()), seed)
+    full = Structure.full(3)
+    at_optimum, _, _ = certify(executor, member(MeanField(), loc, sd.diag()), seed, full)
     assert at_optimum.max < 0.07  # the noise that cubic terms leave in 8 pairs of draws
     assert at_optimum.sd_error < 0.05  # curvature at one pair of draws
-    posterior_sd = measure_curvature(executor, loc[None], range(executor.data.manifest.num_chunks), 0).stddev
+    posterior_sd = measure_curvature(executor, loc[None], range(executor.data.manifest.num_chunks), 0, full).stddev
     away = 0.3 * posterior_sd * tensor(3, seed=seed).sign()
-    certificate, _ = certify(executor, member(MeanField(), loc + away, 1.2 * sd.diag()), seed)
+    certificate, _, _ = certify(executor, member(MeanField(), loc + away, 1.2 * sd.diag()), seed, full)
     assert 0.3 / 1.3 < certificate.max < 0.3 * 1.3
     assert 0.3 / 1.3 < certificate.rms < 0.3 * 1.3
     assert 0.2 / 1.3 < certificate.sd_error < 0.2 * 1.3
 
 
-def test_beyond_the_dense_limit_there_is_an_elbo_but_no_certificate(executor, regression, monkeypatch):
+def test_without_a_structure_there_is_an_elbo_but_no_certificate(executor, regression):
     loc, sd = (torch.from_numpy(each) for each in regression.optimum("mean_field"))
     q = member(MeanField(), loc, sd.diag())
-    _, elbo = certify(executor, q, seed=0)
-    monkeypatch.setattr(quadratic, "DENSE_LIMIT", D - 1)
-    assert certify(executor, q, seed=0) == (None, elbo)
+    _, elbo, _ = certify(executor, q, 0, FULL)
+    assert certify(executor, q, 0, None) == (None, elbo, None)
 
 
 def test_a_certificate_is_a_function_of_the_seed(executor, regression):
     loc, sd = (torch.from_numpy(each) for each in regression.optimum("mean_field"))
     q = member(LowRank(rank=2), loc, sd.diag())
-    assert certify(executor, q, 0)[1] == certify(executor, q, 0)[1] != certify(executor, q, 1)[1]
+    assert certify(executor, q, 0, FULL)[1] == certify(executor, q, 0, FULL)[1] != certify(executor, q, 1, FULL)[1]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dadvi.families import FullRank, LowRank, MeanField
-from dadvi.quadratic import DenseCurvature, DiagonalCurvature
+from dadvi.quadratic import Curvature
+from dadvi.structure import Structure
 from dadvi.whitening import Whitening
 
 D, K = 4, 6
@@ -24,8 +25,15 @@ def precision():
 
 def whitening_of(family, kind):
     P = precision()
-    curvature = DenseCurvature.of(P) if kind == "dense" else DiagonalCurvature(P.diagonal())
-    return Whitening.around(family, tensor(D, seed=1), curvature)
+    return Whitening.around(family, tensor(D, seed=1), curvature_of(P, kind))
+
+
+def curvature_of(P, kind):
+    """All of P, its diagonal, or what an arrowhead with two groups has of it."""
+    if kind == "grouped":
+        structure = Structure.grouped(D, [torch.tensor([3, 1])], np.random.default_rng(0))
+        return Curvature.of(structure.from_matrix(P))
+    return Curvature.dense(P) if kind == "dense" else Curvature.diagonal(P.diagonal())
 
 
 CASES = [
@@ -33,6 +41,8 @@ CASES = [
     (MeanField(), "diagonal"),
     (FullRank(), "dense"),
     (FullRank(), "diagonal"),
+    (MeanField(), "grouped"),
+    (FullRank(), "grouped"),
     (LowRank(rank=2), "dense"),
 ]
 
@@ -54,7 +64,7 @@ def basis_of(whitening):
 
 
 def test_only_a_full_rank_family_with_a_dense_curvature_is_rotated():
-    assert [whitening_of(*case).basis.dim() for case in CASES] == [1, 1, 2, 1, 1]
+    assert [whitening_of(*case).basis.dim() for case in CASES] == [1, 1, 2, 1, 1, 1, 1]
 
 
 def test_the_basis_has_the_sds_of_the_familys_optimum(whitening):
@@ -87,7 +97,7 @@ def test_log_det_is_that_of_the_basis(whitening):
     torch.testing.assert_close(whitening.log_det, torch.linalg.slogdet(basis_of(whitening)).logabsdet)
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES[:4])
+@pytest.mark.parametrize(("family", "kind"), CASES[:6])
 def test_the_middle_is_the_gaussian_with_the_covariance_of_the_basis(family, kind):
     whitening = whitening_of(family, kind)
     zeros, ones = torch.zeros(D, dtype=torch.float64), torch.ones(D, dtype=torch.float64)
@@ -101,7 +111,11 @@ def test_location_moves_by_the_root_of_the_full_curvature(whitening):
     # η = center + R v whatever the family: log π has unit curvature in v.
     theta = theta_of(whitening)
     moved = whitening.member(theta).loc - whitening.center
-    P = precision() if isinstance(whitening.curvature, DenseCurvature) else precision().diagonal().diag()
+    P = whitening.curvature.precision.matrix()
+    held = whitening.curvature.structure.from_matrix(precision()).matrix()  # an arrowhead of it may be indefinite
+    if not (torch.linalg.eigvalsh(held) > 0).all():
+        raise AssertionError("the arrowhead of this precision is not definite")
+    torch.testing.assert_close(P, held)
     torch.testing.assert_close(moved @ P @ moved, theta["loc"].square().sum())
 
 
