@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dadvi.acceleration import Iterate
+from dadvi.bending import bending_places
 from dadvi.descent import descend
 from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
@@ -57,8 +58,12 @@ WARM_ROWS, WARM_ROWS_PER_COORDINATE = 4_000, 50
 WARM_DISTANCE = 10.0
 """The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
 
-POORLY_SEEN = 0.15
-"""Relative noise of a precision measured on the subsample, above which curvature is measured on all the data."""
+POORLY_SEEN = 0.04
+"""Relative noise of a precision measured on the subsample, twice that of an sd, above which curvature is measured on all
+the data."""
+
+TAYLOR_DRAWS = 32
+"""Draws of q for a pass that measures Hessians too: beside these they cost little."""
 
 FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
 """Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
@@ -71,7 +76,7 @@ NEAR = 6.0
 """Length of a step, in posterior sds, up to which rounds are accelerated."""
 
 FIRST_RADIUS = 4.0
-"""A `Taylor` model is trusted this many times as far as the subsample tells: √(C/m) posterior sds."""
+"""A `Taylor` model that bends is trusted at first this many times as far as the subsample tells: √(C/m) posterior sds."""
 
 MOST_REJECTED = 3
 """Steps rejected in a row after which the last resort takes over."""
@@ -186,6 +191,7 @@ class _Aim:
 
     q: Gaussian
     seen: Expectations | None
+    gain: float  # of the ELBO, as the local model predicts it
 
 
 class _Rounds:
@@ -205,11 +211,12 @@ class _Rounds:
         self.seed, self._report = seed, report
         self.prior = executor.model.model
         self.radius = math.inf  # posterior sds
+        self._bending: tuple[int, ...] = ()
         self.history: list[Iterate] = []  # rounds since which no step was long or rejected
         self.visits = 0
         self.trace: list[TraceRow] = []
         self._started = time.perf_counter()
-        self._curvature_from = settings.curvature
+        self._curvature_from, self._num_draws = settings.curvature, settings.num_draws
         self._load(settings.subsample_rows)
         draws = partial(fixed_draws, settings.num_draws, num_rows=self.subsample.num_rows)
         self.noise = draws(family.noise_dim(self.prior.dim), rng=random_stream(seed, Purpose.DRAWS))
@@ -252,8 +259,13 @@ class _Rounds:
             noise = self._precision_noise(parts, curvature)
             self._curvature_from = "data" if noise > POORLY_SEEN else "subsample"
         if self._curvature_from == "data":
-            self.radius = FIRST_RADIUS * math.sqrt(self.factor)
-        self._unit = curvature.stddev
+            if self._num_draws is None and len(self.noise.likelihood.nodes) < TAYLOR_DRAWS:
+                rng = random_stream(self.seed, Purpose.DRAWS, 2)
+                self.noise = fixed_draws(TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim), 1, rng)
+            self._bending = bending_places(self.subsample, self.factor, warm.loc, curvature)
+            if self._bending:
+                self.radius = FIRST_RADIUS * math.sqrt(self.factor)
+        self._start_curvature, self._unit = curvature, curvature.stddev
         q = optimum(self.family, warm.loc, curvature)
         return self._solve(alone, q, self.noise, self.tol) if self.factor == 1 else q
 
@@ -293,7 +305,9 @@ class _Rounds:
         check, label = self.visits == 1, f"round {self.visits}"
         local: LocalModel
         if self._curvature_from == "data":
-            local = Taylor.measured(self.executor, q, self.noise, self.structure, check=check, label=label)
+            local = Taylor.measured(
+                self.executor, q, self.noise, self._start_curvature, self._bending, check=check, label=label
+            )
             seen = None
         else:
             local = Surrogate.measured(
@@ -308,24 +322,25 @@ class _Rounds:
         once they are near, acceleration takes its place.
         """
         q, seen = solve(self.prior, here.local, here.q, here.seen, self.noise, self.tol, self.radius)
-        length = distance(here.q, q, here.seen.curvature)
+        length, gain = distance(here.q, q, here.seen.curvature.stddev), seen.elbo - here.seen.elbo
         if length > min(NEAR, self.radius / 2):  # the optimum is far, or the radius cut the way to it
             self.history.clear()
-            return _Aim(q, seen)
+            return _Aim(q, seen, gain)
         self.history.append(iterate(here.q, q, self._unit))
         faster = accelerated_member(here.q, self.history, self._unit)
-        return _Aim(q, seen) if faster is None else _Aim(faster, None)
+        return _Aim(q, seen, gain) if faster is None else _Aim(faster, None, gain)
 
     def step(self, here: _Visit, aim: _Aim) -> _Visit | None:
         """Move to where it was aimed, or less far until the ELBO rises; None if it does not, or passes run out."""
         for _ in range(MOST_REJECTED):
             if aim.q is here.q:
                 return None
-            length = distance(here.q, aim.q, here.seen.curvature)
+            length = distance(here.q, aim.q, here.seen.curvature.stddev)
             there = self.visit(aim.q, aim.seen, length)
             slack = NEGLIGIBLE_NATS + ELBO_NOISE * abs(here.seen.elbo)
-            if there.seen.elbo >= here.seen.elbo - slack:  # False for nan
-                self.radius = max(self.radius, 4 * length)
+            gain = there.seen.elbo - here.seen.elbo
+            if gain >= -slack:  # False for nan
+                self._adapt(gain, aim.gain, length)
                 return there
             self.record(there, None, phase="rejected")
             self.radius = min(self.radius, length) / 4
@@ -334,6 +349,13 @@ class _Rounds:
                 return None
             aim = self.aim(here)
         return None
+
+    def _adapt(self, gain: float, predicted: float, length: float) -> None:
+        """Trust the local model farther, or less far, after a step (Nocedal & Wright 2006, algorithm 4.1)."""
+        if gain < 0.25 * predicted:
+            self.radius = length / 2
+        elif gain > 0.75 * predicted:
+            self.radius = max(self.radius, 2 * length)
 
     def descend(self, here: _Visit) -> _Visit | None:
         """Move the mean by the last resort; None if it finds nothing better, or passes run out."""
@@ -352,7 +374,7 @@ class _Rounds:
             return None
         self.radius = math.inf
         self.history.clear()
-        return self.visit(q, length=distance(here.q, q, curvature))
+        return self.visit(q, length=distance(here.q, q, curvature.stddev))
 
     @property
     def passes(self) -> float:

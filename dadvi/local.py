@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dadvi.acceleration import Iterate, accelerated
+from dadvi.bending import Cubic, differences
 from dadvi.executors import Executor
 from dadvi.families import Gaussian, MeanField
 from dadvi.model import Model
@@ -104,38 +105,65 @@ class Surrogate:
 
 @dataclass(frozen=True, eq=False)
 class Taylor:
-    """The second-order expansion about an anchor."""
+    """The expansion about an anchor, to second order, and to third along the coordinates that bend it."""
 
     anchor: Tensor  # η₀ (D,)
     value: float
     grad: Tensor  # (D,)
     bend: Arrowhead  # ∇²ℓ
+    cubics: tuple[Cubic, ...]
 
     @classmethod
     def measured(
-        cls, executor: Executor, q: Gaussian, noise: "Noise", structure: Structure, *, check: bool, label: str
+        cls,
+        executor: Executor,
+        q: Gaussian,
+        noise: "Noise",
+        curvature: Curvature,
+        bending: Sequence[int],
+        *,
+        check: bool,
+        label: str,
     ) -> "Taylor":
         """Return the expansion about the mean of q, with E_q[∇ℓ] and E_q[∇²ℓ], by one pass over the data.
 
         The value is such that the expansion has the same mean under q as the log-likelihood.
+
+        Parameters
+        ----------
+        curvature
+            What is known of it, for its structure and for the steps of finite differences.
+        bending
+            Dense coordinates, by place, with third-order terms.
+
         """
-        eta, at = q.transform(noise.likelihood.nodes), q.transform(noise.curvature.nodes)
-        work = Expansion(Gradient(eta.numpy()), at.numpy(), noise.curvature.weights.numpy(), structure)
-        sums = executor.run(work, check=check, label=label)
-        grad = noise.likelihood.mean(torch.from_numpy(sums.grad))
-        local = cls(q.loc, 0.0, grad, structure.arrowhead(torch.from_numpy(sums.products)))
-        value = noise.likelihood.mean(torch.from_numpy(sums.log_lik) - local.log_lik(eta)[0])
-        return replace(local, value=float(value))
+        structure, eta = curvature.structure, q.transform(noise.likelihood.nodes)
+        rules = [Rule(q.transform(noise.curvature.nodes), noise.curvature.weights)]
+        rules += differences(q.loc, curvature, bending)
+        hessians = tuple((rule.nodes.numpy(), rule.weights.numpy()) for rule in rules)
+        sums = executor.run(Expansion(Gradient(eta.numpy()), hessians, structure), check=check, label=label)
+        bend, *changes = (structure.arrowhead(products) for products in torch.from_numpy(sums.products))
+        cubics = tuple(Cubic(place, change) for place, change in zip(bending, changes, strict=True))
+        plain = cls(q.loc, 0.0, torch.zeros_like(q.loc), bend, cubics)
+        values, grads = plain.log_lik(eta)  # what the terms of higher order have for a mean is in the averages already
+        grad = noise.likelihood.mean(torch.from_numpy(sums.grad) - grads)
+        value = noise.likelihood.mean(torch.from_numpy(sums.log_lik) - values - (eta - q.loc) @ grad)
+        return replace(plain, value=float(value), grad=grad)
 
     def log_lik(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood (K,) and its gradient (K, D) at η (K, D)."""
         away = eta - self.anchor
         bent = self.bend.times(away)
-        return self.value + away @ self.grad + 0.5 * (away * bent).sum(1), self.grad + bent
+        value, grad = self.value + away @ self.grad + 0.5 * (away * bent).sum(1), self.grad + bent
+        for cubic in self.cubics:
+            third, third_grad = cubic.value_and_grad(away)
+            value, grad = value + third, grad + third_grad
+        return value, grad
 
-    def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:  # noqa: ARG002  the same everywhere
-        """Return the Hessian."""
-        return self.bend
+    def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:
+        """Return Σ_k w_k ∇²ℓ(η_k), for weights of sum 1."""
+        away = weights @ eta - self.anchor
+        return sum((cubic.hessian(away) for cubic in self.cubics), self.bend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,20 +259,24 @@ def solve(
         rise.
 
     """
-    unit, room, fresh = seen.curvature.stddev, radius, True
+    unit, origin, fresh = seen.curvature.stddev, q, True
     history: list[Iterate] = []
     for _ in range(SEARCH_STEPS):
         target = seen.target(q)
-        length = distance(q, target, seen.curvature)
+        length = distance(q, target, seen.curvature.stddev)
         change = float((target.stddev / q.stddev - 1).abs().max())
-        settled = max(length, change) < SOLVED * tol or room <= 0
+        room = radius - distance(origin, q, unit)
+        settled = max(length, change) < SOLVED * tol or room <= SOLVED * tol
         if settled and fresh:
             break
         found = None
         if not settled:
-            fraction = min(1.0, room / length) if length > 0 else 1.0
+            fraction = min(1.0, room / max(distance(q, target, unit), SOLVED * tol))
             history = [*history, iterate(q, target, unit)] if fraction == 1 else []
-            steps = _steps(q, target, seen.curvature, fraction, accelerated_member(q, history, unit))
+            faster = accelerated_member(q, history, unit)
+            if faster is not None and distance(origin, faster, unit) > radius:
+                faster = None
+            steps = _steps(q, target, seen.curvature, fraction, faster)
             looks = ((step, noise.expectations(prior, local, step, known=seen)) for step in steps)
             found = next((look for look in looks if look[1].elbo >= seen.elbo - NEGLIGIBLE_NATS), None)
             if found is None and fresh:
@@ -252,16 +284,15 @@ def solve(
         if found is None:
             seen, fresh = noise.expectations(prior, local, q), True
             continue
-        there, look = found
-        room -= distance(q, there, seen.curvature)
-        fresh = not distance(there, look.target(there), look.curvature) < CONTRACTION * length
-        q, seen = there, noise.expectations(prior, local, there) if fresh else look
+        q, look = found
+        fresh = not distance(q, look.target(q), look.curvature.stddev) < CONTRACTION * length
+        seen = noise.expectations(prior, local, q) if fresh else look
     return q, seen
 
 
-def distance(q: Gaussian, other: Gaussian, curvature: Curvature) -> float:
-    """Return the largest difference of two means, over coordinates, in posterior sds."""
-    return float(((other.loc - q.loc) / curvature.stddev).abs().max())
+def distance(q: Gaussian, other: Gaussian, unit: Tensor) -> float:
+    """Return the largest difference of two means over coordinates, in units (D,) such as posterior sds."""
+    return float(((other.loc - q.loc) / unit).abs().max())
 
 
 def _steps(

@@ -111,26 +111,29 @@ class ExpansionSums(NamedTuple):
 
     log_lik: FloatArray  # (K,)
     grad: FloatArray  # (K, D)
-    products: FloatArray  # (G + C, D)
+    products: FloatArray  # (H, G + C, D)
 
 
 @dataclass(frozen=True)
 class Expansion(Pass[ExpansionSums]):
-    """What a second-order expansion needs, in one read: `Gradient` at points, and the Hessian's products about others.
+    """What an expansion needs, in one read: `Gradient` at some points, and products of H weighted sums of Hessians.
 
-    Their tangents are those of its structure and are made here, so that the message grows with D alone.
+    Their tangents are those of the structure and are made here, so that the message grows with D alone.
     """
 
     name: ClassVar[str] = "expansion"
     gradient: Gradient
-    points: FloatArray  # (K', D) unconstrained
-    weights: FloatArray  # w (K',)
+    hessians: tuple[tuple[FloatArray, FloatArray], ...]  # points (K, D) unconstrained and weights (K,) of each
     structure: Structure
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> ExpansionSums:
         """Return the sums for one chunk."""
-        hessian = HessianVector(self.points, self.structure.tangents(), self.weights)
-        return ExpansionSums(*self.gradient.on_chunk(model, batch), *hessian.on_chunk(model, batch))
+        tangents = self.structure.tangents()
+        products = [
+            HessianVector(points, tangents, weights).on_chunk(model, batch).products
+            for points, weights in self.hessians
+        ]
+        return ExpansionSums(*self.gradient.on_chunk(model, batch), np.stack(products))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
-from dadvi import anchored
+from dadvi import anchored, probing
 from dadvi.errors import InputError, ShuffleWarning
 from dadvi.families import Gaussian
+from dadvi.local import Surrogate
 from dadvi.sharding import sampling
 
 fit_module = importlib.import_module("dadvi.fit")  # dadvi.fit is the function
@@ -42,9 +43,9 @@ def round_elbos(posterior):
     return trace.elbo[trace.phase == "round"].to_numpy()
 
 
-def assert_elbo_never_falls(posterior):
+def assert_elbo_never_falls(posterior, negligible=0.0):
     elbos = round_elbos(posterior)
-    assert (np.diff(elbos) >= -anchored.ELBO_NOISE * np.abs(elbos[:-1])).all()
+    assert (np.diff(elbos) >= -negligible - anchored.ELBO_NOISE * np.abs(elbos[:-1])).all()
 
 
 @pytest.fixture
@@ -355,12 +356,15 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     target, data = written("linear_regression")
     real, calls = anchored.solve, []
 
-    def overshoot_once(prior, local, q, noise, tol, radius):
+    def overshoot_once(prior, local, q, seen, noise, tol, radius=math.inf):
+        found = real(prior, local, q, seen, noise, tol, radius)
+        if isinstance(local, Surrogate) and not local.tilt.any():  # the warm start
+            return found
         calls.append((q, local, radius))
-        found = real(prior, local, q, noise, tol, radius)
         if len(calls) > 1:
             return found
-        return Gaussian(q.family, {**q.params, "loc": q.loc + 30 * (found.loc - q.loc)})
+        far = Gaussian(q.family, {**q.params, "loc": q.loc + 30 * (found[0].loc - q.loc)})
+        return far, noise.expectations(prior, local, far)
 
     monkeypatch.setattr(anchored, "solve", overshoot_once)
     method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
@@ -373,9 +377,9 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     (first, second), sds = calls[:2], target.optimum("full_rank").sd
     assert second[0] is first[0]
     assert second[1] is first[1]
-    assert first[2] == math.inf
+    assert first[2] in ([math.inf, anchored.FIRST_RADIUS * math.sqrt(ROWS / SEEN)][: 1 + (curvature == "data")])
     length = np.abs((visits[1][1].loc - first[0].loc).numpy() / sds).max()
-    assert second[2] == pytest.approx(length / 4, rel=0.2)  # sds by S's curvature, or by all the data's
+    assert second[2] == pytest.approx(min(length, first[2]) / 4, rel=0.2)  # sds by S's curvature, or by all the data's
     assert posterior.status == "converged", posterior.reason
     assert_elbo_never_falls(posterior)
     mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
@@ -403,6 +407,22 @@ def broken_fields(manifest_of):
 
 
 @pytest.mark.parametrize("curvature", ["subsample", "data"])
+def test_nan_of_one_row_at_the_first_anchor_is_diverged(write, curvature):
+    # As below, but with gradients that are finite on all the other rows.
+    fields = broken_fields(lambda fields: write(fields, "first.zarr", chunk_rows=50).manifest)
+    data = write(fields, "second.zarr", chunk_rows=50)
+    model = dadvi.Model(
+        prior={"mu": Normal(torch.tensor(0.0), 10.0)},
+        log_likelihood=lambda mu, x, bad: -0.5 * (x - mu) ** 2 + torch.where(bad > 0, torch.nan, 0.0) * mu,
+    )
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
+    posterior = dadvi.fit(model, data, method=method, client="serial")
+    assert posterior.status == "diverged"
+    assert "first anchor" in posterior.reason
+    assert posterior.certificate is None
+
+
+@pytest.mark.parametrize("curvature", ["subsample", "data"])
 def test_nan_at_the_first_anchor_is_diverged(write, curvature):
     fields = broken_fields(lambda fields: write(fields, "first.zarr", chunk_rows=50).manifest)
     data = write(fields, "second.zarr", chunk_rows=50)
@@ -427,14 +447,165 @@ def test_max_passes_stops(written):
         assert posterior.certificate is not None
 
 
-def test_beyond_the_dense_limit_auto_chooses_advi(written, monkeypatch):
+@pytest.fixture
+def limit(monkeypatch):
+    """Return a function that sets the limit on coordinates that curve together."""
+
+    def set_limit(value):
+        for module in (anchored, fit_module, probing):
+            monkeypatch.setattr(module, "DENSE_LIMIT", value)
+
+    return set_limit
+
+
+@pytest.mark.parametrize("family", ["mean_field", "full_rank"])
+def test_beyond_the_dense_limit_auto_chooses_advi(written, limit, family):
     target, data = written("linear_regression")
-    monkeypatch.setattr(anchored, "DENSE_LIMIT", 4)
-    monkeypatch.setattr(fit_module, "DENSE_LIMIT", 4)
-    with pytest.raises(InputError, match=r"5 coordinates.*4 at most.*ADVI\(\)"):
-        dadvi.fit(target.model(), data, method=dadvi.Anchored(), client="serial")
-    posterior = dadvi.fit(target.model(), data, client="serial", max_passes=1)
+    limit(4)
+    with pytest.raises(
+        InputError, match=r"5 coordinates, too many for a curvature.*limit is 4.*ADVI\(control_variate="
+    ):
+        dadvi.fit(target.model(), data, method=dadvi.Anchored(), client="serial", family=family)
+    posterior = dadvi.fit(target.model(), data, client="serial", max_passes=1, family=family)
     assert posterior.settings["method"]["name"] == "ADVI"
+    assert posterior.settings["method"]["control_variate"] == "anchor"
+    assert posterior.certificate is None or family == "full_rank"
+
+
+# Groups beyond the limit -------------------------------------------------------------------------------------------
+
+
+def many_groups(centred, num_groups=60, num_rows=1_500, seed=0):
+    """Return fields and a logistic hierarchy: 25 rows a group, an intercept, a scale, and two slopes."""
+    rng = np.random.default_rng(seed)
+    group = rng.integers(0, num_groups, num_rows)
+    x = rng.standard_normal((num_rows, 2))
+    logits = 0.3 + 0.8 * rng.standard_normal(num_groups)[group] + x @ [0.7, -0.4]
+    fields = {"group": group, "x": x, "y": rng.binomial(1, 1 / (1 + np.exp(-logits)))}
+    common = {
+        "mu": Normal(torch.tensor(0.0), 2.0),
+        "tau": HalfNormal(torch.tensor(1.0)),
+        "slope": Normal(torch.zeros(2), 2.0),
+    }
+    if centred:
+        model = dadvi.Model(
+            prior={**common, "effect": lambda mu, tau: Normal(mu, tau).expand([num_groups])},
+            likelihood=lambda slope, effect, group, x: Bernoulli(logits=effect[group] + x @ slope),
+            observed="y",
+        )
+    else:
+        model = dadvi.Model(
+            prior={**common, "raw": Normal(torch.zeros(num_groups), 1.0)},
+            likelihood=lambda mu, tau, slope, raw, group, x: Bernoulli(logits=mu + tau * raw[group] + x @ slope),
+            observed="y",
+        )
+    return model, fields
+
+
+def crossed(num_rows=1_500, seed=0):
+    """Return fields and a model of 60 users and 20 items."""
+    rng = np.random.default_rng(seed)
+    user, item = rng.integers(0, 60, num_rows), rng.integers(0, 20, num_rows)
+    y = 0.5 + rng.normal(0, 0.8, 60)[user] + rng.normal(0, 0.5, 20)[item] + rng.standard_normal(num_rows)
+    model = dadvi.Model(
+        prior={
+            "mu": Normal(torch.tensor(0.0), 2.0),
+            "tau": HalfNormal(torch.tensor(1.0)),
+            "sigma": HalfNormal(torch.tensor(1.0)),
+            "item": lambda sigma: Normal(torch.tensor(0.0), sigma).expand([20]),
+            "user": lambda tau: Normal(torch.tensor(0.0), tau).expand([60]),
+        },
+        likelihood=lambda mu, item, user, i, u: Normal(mu + item[i] + user[u], 1.0),
+        observed="y",
+    )
+    return model, {"u": user, "i": item, "y": y}
+
+
+GROUPED = {"centred": lambda: many_groups(True), "non-centred": lambda: many_groups(False), "crossed": crossed}
+
+
+@pytest.mark.parametrize("rows", [600, None])
+@pytest.mark.parametrize("name", GROUPED)
+def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, name, rows):
+    model, fields = GROUPED[name]()
+    data = write(fields, chunk_rows=50)
+    method = dadvi.Anchored(subsample_rows=rows)
+    monkeypatch.setattr(probing, "FEWEST_GROUPS", 1_000)
+    dense = dadvi.fit(model, data, method=dadvi.Anchored(curvature="data"), client="serial", tol=0.005)
+    assert dense.curvature.is_full
+    monkeypatch.undo()
+    limit(30)
+    assert model.dim > 60
+    posterior = dadvi.fit(model, data, method=method, client="serial", tol=TOL)
+    assert posterior.curvature.structure.groups.shape == (60, 1)
+    assert len(posterior.curvature.structure.dense) == model.dim - 60 <= 30
+    assert dense.status == posterior.status == "converged", posterior.reason
+    assert posterior.certificate.within(TOL)
+    assert_elbo_never_falls(posterior, anchored.NEGLIGIBLE_NATS)
+    there = dense.unconstrained
+    mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), dense.curvature.stddev.numpy())
+    assert mean_error < 2 * TOL
+    assert sd_error < 2 * TOL
+    np.testing.assert_allclose(posterior.curvature.stddev, dense.curvature.stddev, rtol=0.05)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_more_groups_than_a_dense_curvature_could_hold(write, centred):
+    model, fields = many_groups(centred, num_groups=2_500, num_rows=15_000)
+    data = write(fields, chunk_rows=500)
+    posterior = dadvi.fit(model, data, client="serial", tol=0.05)
+    assert posterior.settings["method"]["name"] == "Anchored"
+    assert posterior.status == "converged", posterior.reason
+    assert posterior.curvature.structure.groups.shape == (2_500, 1)
+    assert posterior.passes <= 10
+    assert_elbo_never_falls(posterior, anchored.NEGLIGIBLE_NATS)
+
+
+@pytest.mark.parametrize("family", ["full_rank", "low_rank"])
+def test_groups_beyond_the_limit_are_mean_fields_alone(write, limit, family):
+    model, fields = many_groups(True)
+    data = write(fields, chunk_rows=50)
+    limit(30)
+    with pytest.raises(InputError, match=rf"64 coordinates, too many for '{family}'.*limit is 30.*mean-field.*ADVI"):
+        dadvi.fit(model, data, method=dadvi.Anchored(), family=family, client="serial")
+    run = partial(dadvi.fit, model, data, family=family, client="serial", max_passes=1)
+    assert run().settings["method"]["name"] == "ADVI"
+    if family == "full_rank":
+        limit(64)
+        assert run().settings["method"]["name"] == "Anchored"
+
+
+# The last resort ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["subsample", "data"])
+def test_where_every_step_fails_descent_gets_there(written, monkeypatch, curvature):
+    target, data = written("linear_regression")
+    real = anchored.solve
+
+    def astray(prior, local, q, seen, noise, tol, radius=math.inf):
+        found = real(prior, local, q, seen, noise, tol, radius)
+        if isinstance(local, Surrogate) and not local.tilt.any():  # the warm start
+            return found
+        length = float(((found[0].loc - q.loc) / seen.curvature.stddev).abs().max())
+        if length < tol / 10:  # at the optimum there is nothing to be gained
+            return found
+        back = Gaussian(q.family, {**q.params, "loc": q.loc - (3 + 1 / length) * (found[0].loc - q.loc)})
+        return back, noise.expectations(prior, local, back)
+
+    monkeypatch.setattr(anchored, "solve", astray)
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
+    posterior = dadvi.fit(target.model(), data, method=method, client="serial", tol=TOL, max_passes=100)
+    phases = posterior.trace.phase.tolist()
+    assert phases[:4] == ["round", "rejected", "rejected", "rejected"]
+    assert phases[4] == "descent"
+    assert posterior.status == "converged", posterior.reason
+    assert_elbo_never_falls(posterior)
+    mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), target.optimum("full_rank").sd)
+    assert mean_error < TOL
+    assert sd_error < TOL + (S_NOISE if curvature == "subsample" else 0)
+    rows = posterior.trace.rows_read.to_numpy()
+    assert (np.diff(rows) == ROWS).all()  # every row of the trace is a pass
 
 
 @pytest.mark.parametrize(
@@ -467,6 +638,23 @@ def test_same_bits_on_every_executor(written, thread_client, process_clients, cu
         assert bits(other) == bits(serial)
         assert (other.elbo, other.passes, other.certificate) == (serial.elbo, serial.passes, serial.certificate)
         assert other.trace[timeless].equals(serial.trace[timeless])
+
+
+@pytest.mark.parametrize("rows", [600, None])
+def test_same_bits_for_groups_on_every_executor(write, limit, thread_client, process_clients, rows):
+    model, fields = many_groups(False)
+    data = write(fields, chunk_rows=50, shard_rows=200)
+    limit(30)
+    run = partial(dadvi.fit, model, data, method=dadvi.Anchored(subsample_rows=rows, curvature="data"), seed=5)
+    serial = run(client="serial")
+    assert serial.status == "converged", serial.reason
+    timeless = [column for column in serial.trace.columns if column != "seconds"]
+    for client in (thread_client, process_clients(2)):
+        other = run(client=client)
+        assert bits(other) == bits(serial)
+        assert (other.elbo, other.passes, other.certificate) == (serial.elbo, serial.passes, serial.certificate)
+        assert other.trace[timeless].equals(serial.trace[timeless])
+        assert torch.equal(other.curvature.stddev, serial.curvature.stddev)
 
 
 def test_a_fit_is_a_function_of_the_seed_and_its_trace_goes_to_callbacks(written, tmp_path):

@@ -29,6 +29,7 @@ ORDER = [
     "whitening",
     "subsample",
     "probing",
+    "bending",
     "local",
     "response",
     "descent",

@@ -23,6 +23,7 @@ import dadvi as package
 from dadvi import quadratic
 from dadvi.errors import DataError, InputError, ModelError
 from dadvi.sharding import sampling
+from dadvi.structure import Structure
 
 ROWS, CHUNK, CHUNKS = 4_000, 100, 40
 BAD_CHUNK = 19  # in the middle: neither of the two that are looked at before a fit
@@ -470,7 +471,9 @@ def test_a_bad_row_that_the_warm_start_does_not_meet_is_refused(world, monkeypat
     data = package.open_shards(world / name)
     others = {int(chunk) for chunk in sampling.subsample(data.manifest, 2, seed)}
     others |= (
-        {int(chunk) for chunk in quadratic.curvature_chunks(data.manifest, 2, seed)} if met_in == "step" else set()
+        {int(chunk) for chunk in quadratic.curvature_chunks(data.manifest, Structure.full(2), seed)}
+        if met_in == "step"
+        else set()
     )
     assert BAD_CHUNK not in others
     method = package.ADVI(subsample_rows=2 * CHUNK, batch_rows=5 * CHUNK)

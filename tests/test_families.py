@@ -6,7 +6,10 @@ import torch
 from scipy import stats
 
 from dadvi.errors import InputError
-from dadvi.families import FullRank, Gaussian, LowRank, MeanField, make_family
+from dadvi.families import FAMILIES as BY_NAME
+from dadvi.families import Arrow, FullRank, Gaussian, LowRank, MeanField, check_known, make_family
+from dadvi.quadratic import Curvature
+from dadvi.structure import Structure
 
 D = 4
 FAMILIES = [MeanField(), FullRank(), LowRank(rank=2)]
@@ -179,3 +182,74 @@ def test_families_by_name():
         make_family("meanfield")
     with pytest.raises(InputError, match=r"rank=0.*at least 1"):
         LowRank(rank=0)
+
+
+# Arrow -------------------------------------------------------------------------------------------------------------
+
+ARROWS = [(4, 1, 2), (3, 2, 3), (0, 0, 4), (5, 1, 0)]
+"""J groups, C columns, G dense coordinates."""
+
+
+@pytest.fixture(params=ARROWS, ids=str)
+def arrow(request):
+    """A member of the family, and the covariance whose inverse is its arrowhead: from dense linear algebra."""
+    num_groups, num_columns, num_dense = request.param
+    rng = np.random.default_rng(7)
+    dim = num_groups * num_columns + num_dense
+    structure = Structure.full(dim)
+    if num_groups:
+        places = torch.from_numpy(rng.permutation(dim)[: num_groups * num_columns].reshape(num_columns, num_groups))
+        structure = Structure.grouped(dim, list(places), rng)
+    root = rng.standard_normal((dim, dim))
+    precision = structure.from_matrix(torch.from_numpy(root @ root.T)).matrix() + 4 * torch.eye(dim).double()
+    units = torch.from_numpy(rng.uniform(0.1, 10, dim))
+    precision = precision * (units[:, None] * units)
+    q = Arrow.member(torch.from_numpy(rng.standard_normal(dim)), Curvature.of(structure.from_matrix(precision)).factor)
+    assert torch.linalg.eigvalsh(precision)[0] > 0
+    return q, torch.linalg.inv(precision)
+
+
+def test_an_arrow_is_the_normal_with_the_covariance_of_its_root(arrow):
+    q, covariance = arrow
+    scale = (covariance.diagonal()[:, None] * covariance.diagonal()).sqrt()
+    np.testing.assert_allclose(q.covariance_matrix / scale, covariance / scale, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(q.stddev, covariance.diagonal().sqrt(), rtol=1e-11)
+    reference = torch.distributions.MultivariateNormal(q.loc, covariance)
+    eta = q.loc + 3 * q.stddev * torch.from_numpy(np.random.default_rng(2).standard_normal((7, q.dim)))
+    np.testing.assert_allclose(q.log_prob(eta), reference.log_prob(eta), rtol=1e-10)
+    assert float(q.entropy()) == pytest.approx(float(reference.entropy()), rel=1e-10)
+    assert q.dim == len(covariance)
+    assert q.family.noise_dim(q.dim) == q.dim
+
+
+def test_draws_of_an_arrow_are_affine_in_the_noise_with_its_covariance(arrow):
+    q, covariance = arrow
+    unit = torch.eye(q.dim).double()
+    image = q.transform(unit) - q.loc
+    scale = (covariance.diagonal()[:, None] * covariance.diagonal()).sqrt()
+    np.testing.assert_allclose(image.T @ image / scale, covariance / scale, rtol=0, atol=1e-11)
+    noise = torch.from_numpy(np.random.default_rng(3).standard_normal((6, q.dim)))
+    torch.testing.assert_close(q.transform(noise), q.loc + noise @ image, rtol=1e-11, atol=1e-11)
+    draws = q.rsample(20_000, np.random.default_rng(3))
+    error = (covariance.diagonal()[:, None] * covariance.diagonal() + covariance**2).sqrt() / 20_000**0.5
+    assert (np.abs(np.cov(draws.T) - covariance.numpy()) < 4.5 * error.numpy()).all()
+
+
+def test_affine_of_an_arrow_is_the_distribution_of_shift_plus_scale_times_eta(arrow):
+    q, covariance = arrow
+    rng = np.random.default_rng(5)
+    shift, scale = torch.from_numpy(rng.standard_normal(q.dim)), torch.from_numpy(rng.uniform(0.2, 3.0, q.dim))
+    moved = Gaussian(q.family, q.family.affine(q.params, shift, scale))
+    torch.testing.assert_close(moved.loc, shift + scale * q.loc)
+    torch.testing.assert_close(moved.covariance_matrix, scale[:, None] * covariance * scale, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(moved.stddev, scale * q.stddev)
+    assert float(moved.entropy()) == pytest.approx(float(q.entropy() + scale.log().sum()), rel=1e-11)
+    noise = torch.from_numpy(rng.standard_normal((6, q.dim)))
+    torch.testing.assert_close(moved.transform(noise), shift + scale * q.transform(noise), rtol=1e-10, atol=1e-10)
+
+
+def test_an_arrow_is_known_and_is_not_for_fitting():
+    check_known(Arrow())
+    assert BY_NAME["arrow"] is Arrow
+    with pytest.raises(InputError, match=r"'arrow'.*linear_response.*'mean_field'"):
+        Arrow().init(torch.zeros(2), torch.ones(2), np.random.default_rng(0))

@@ -9,14 +9,16 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+import zarr
 from scipy import integrate, special, stats
 from torch.distributions import constraints
 
 import dadvi
 from dadvi.errors import DataError, InputError
-from dadvi.families import FullRank, Gaussian, LowRank, MeanField
+from dadvi.families import Arrow, FullRank, Gaussian, LowRank, MeanField
 from dadvi.posterior import SUMMARY_DRAWS, Posterior, TraceRow
-from dadvi.quadratic import Certificate
+from dadvi.quadratic import Certificate, Curvature
+from dadvi.structure import Structure
 from dadvi.supports import ordered
 from dadvi.transforms import LatentSpace
 
@@ -247,6 +249,92 @@ def test_a_saved_posterior_comes_back_bit_by_bit(family, tmp_path):
     assert_same(posterior, loaded)
     np.testing.assert_array_equal(posterior.summary(), loaded.summary())
     pd.testing.assert_frame_equal(posterior.trace, loaded.trace, check_exact=True)
+
+
+CURVATURES = ["full", "diagonal", "grouped", "columns"]
+
+
+def curvature_of(kind, dim, definite=True):
+    rng = np.random.default_rng(5)
+    structure = {
+        "full": Structure.full(dim),
+        "diagonal": Structure.diagonal(dim),
+        "grouped": Structure.grouped(dim, [torch.arange(3, dim - 2)], rng),
+        "columns": Structure.grouped(dim, list(torch.arange(2, 2 + 2 * ((dim - 3) // 2)).reshape(2, -1)), rng),
+    }[kind]
+    root = torch.from_numpy(rng.standard_normal((dim, dim)))
+    matrix = root @ root.T + 4 * dim * torch.eye(dim) if definite else root + root.T
+    units = torch.from_numpy(rng.uniform(0.1, 10, dim))
+    return Curvature.of(structure.from_matrix(matrix * (units[:, None] * units)))
+
+
+def tensors_of(curvature):
+    precision, factor = curvature.precision, curvature.factor
+    return {
+        **{name: getattr(precision.structure, name) for name in ("dense", "groups")},
+        **{name: getattr(precision, name) for name in ("corner", "cross", "blocks")},
+        **{f"root {name}": getattr(factor, name) for name in ("dense", "groups", "coupling")},
+    }
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_the_curvature_of_a_saved_posterior_comes_back_bit_by_bit(tmp_path, kind):
+    dim = LatentSpace.of(SUPPORTS).size
+    posterior = posterior_of(SUPPORTS, curvature=curvature_of(kind, dim))
+    posterior.save(tmp_path / "p.zarr")
+    loaded = dadvi.load_posterior(tmp_path / "p.zarr")
+    assert_same(posterior, loaded)
+    kept, found = tensors_of(posterior.curvature), tensors_of(loaded.curvature)
+    for name, value in kept.items():
+        assert value.dtype == found[name].dtype
+        assert torch.equal(value, found[name]), name
+    assert loaded.curvature.flat == posterior.curvature.flat
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_the_curvature_of_a_saved_posterior_comes_back_to_the_last_digits(tmp_path, kind):
+    dim = LatentSpace.of(SUPPORTS).size
+    for definite in (True, False):
+        posterior = posterior_of(SUPPORTS, curvature=curvature_of(kind, dim, definite))
+        posterior.save(tmp_path / "p.zarr", overwrite=True)
+        loaded = dadvi.load_posterior(tmp_path / "p.zarr")
+        a, b = posterior.curvature, loaded.curvature
+        torch.testing.assert_close(a.precision.matrix(), b.precision.matrix(), rtol=1e-12, atol=1e-11)
+        torch.testing.assert_close(a.stddev, b.stddev, rtol=1e-9, atol=0)
+        torch.testing.assert_close(a.factor.log_det(), b.factor.log_det(), rtol=1e-10, atol=0)
+
+
+def test_a_posterior_without_a_curvature_comes_back_without(tmp_path):
+    posterior = posterior_of(SUPPORTS)
+    assert posterior.curvature is None
+    posterior.save(tmp_path / "p.zarr")
+    assert dadvi.load_posterior(tmp_path / "p.zarr").curvature is None
+    assert set(dadvi.load_posterior(tmp_path / "p.zarr").unconstrained.params) == {"loc", "log_scale"}
+
+
+@pytest.mark.parametrize("kind", CURVATURES)
+def test_an_arrow_comes_back_bit_by_bit(tmp_path, kind):
+    space = LatentSpace.of(SUPPORTS)
+    loc = gaussian(MeanField(), space.size).loc
+    posterior = posterior_of(SUPPORTS, unconstrained=Arrow.member(loc, curvature_of(kind, space.size).factor))
+    posterior.save(tmp_path / "p.zarr")
+    loaded = dadvi.load_posterior(tmp_path / "p.zarr")
+    assert loaded.unconstrained.family == Arrow()
+    for name, value in posterior.unconstrained.params.items():
+        assert value.dtype == loaded.unconstrained.params[name].dtype
+        assert torch.equal(value, loaded.unconstrained.params[name])
+    for name, value in posterior.sample(50, seed=4).items():
+        assert torch.equal(value, loaded.sample(50, seed=4)[name])
+    np.testing.assert_array_equal(posterior.summary(), loaded.summary())
+
+
+def test_a_changed_curvature_is_refused(tmp_path):
+    dim = LatentSpace.of(SUPPORTS).size
+    posterior_of(SUPPORTS, curvature=curvature_of("grouped", dim)).save(tmp_path / "p.zarr")
+    group = zarr.open_group(tmp_path / "p.zarr", mode="r+")
+    group["curvature.blocks"][0] = group["curvature.blocks"][0] * 1.5
+    with pytest.raises(DataError, match="has changed"):
+        dadvi.load_posterior(tmp_path / "p.zarr")
 
 
 def test_what_a_fit_without_an_end_leaves_is_saved_too(tmp_path):

@@ -13,12 +13,18 @@ import dadvi
 from dadvi.errors import DataError, ModelError, ShuffleWarning
 from dadvi.fit import bind_to
 from dadvi.passes import LogLik
-from dadvi.subsample import Subsample, warm_start
+from dadvi.structure import Structure
+from dadvi.subsample import Subsample
+from dadvi.subsample import warm_start as warm_start_with
 
 
 def load(model, data, chunks=None):
     chunks = range(data.manifest.num_chunks) if chunks is None else chunks
     return Subsample.load(bind_to(model, data), data, list(chunks))
+
+
+def warm_start(subsample, seed):
+    return warm_start_with(subsample, Structure.full(subsample.model.model.dim), seed)
 
 
 def linear_model(dim, noise_sd, prior_sd=10.0):
@@ -190,7 +196,7 @@ def test_the_subsample_is_in_float64_and_sums_its_chunks(write):
     fields = {"x": rng.standard_normal((50, 2)).astype(np.float32), "y": rng.standard_normal(50).astype(np.float32)}
     data = write(fields, chunk_rows=8, shard_rows=16)
     subsample = load(linear_model(2, 1.0), data, [0, 6])
-    assert all(batch[name].dtype == torch.float64 for batch in subsample.batches for name in ("x", "y"))
+    assert all(batch[name].dtype == torch.float64 for batch in subsample.batches.values() for name in ("x", "y"))
     eta = rng.standard_normal((3, 2))
     rows = np.r_[0:8, 48:50]
     residual = fields["y"][rows].astype(float)[:, None] - fields["x"][rows].astype(float) @ eta.T

@@ -12,6 +12,7 @@ from dadvi.families import Gaussian, MeanField
 from dadvi.fit import bind_to
 from dadvi.passes import Gradient
 from dadvi.sharding import sampling
+from dadvi.structure import Structure
 from dadvi.subsample import Subsample, warm_start
 
 ROWS, CHUNK = 83, 10  # 9 chunks, the last of 3 rows
@@ -51,7 +52,7 @@ def test_warm_start_on_all_rows_has_the_posterior_mean(write):
     # Unscaled on S: with S the whole data it is the posterior's. Antithetic draws make the mean of a quadratic exact.
     target = targets.linear_regression(num_rows=ROWS)
     data = write(target.fields, chunk_rows=CHUNK, shard_rows=3 * CHUNK)
-    q = warm_start(Subsample.load(bind_to(target.model(), data), data, range(9)), seed=0)
+    q = warm_start(Subsample.load(bind_to(target.model(), data), data, range(9)), Structure.full(5), seed=0)
     optimum = target.optimum("mean_field")
     np.testing.assert_allclose((q.loc.numpy() - optimum.loc) / optimum.sd, 0, atol=5e-3)
 

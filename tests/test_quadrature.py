@@ -1,0 +1,157 @@
+"""Rules for draws: mean 0 and unit variance exactly, and exact for what each of them is made for."""
+
+import math
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
+
+DIM = 5
+RULES = {
+    "gauss_hermite": lambda rng, dim=DIM: gauss_hermite(3, dim, rng),
+    "orthogonal": lambda rng, dim=DIM: orthogonal(2 * dim, dim, rng),
+    "two orthogonal": lambda rng, dim=DIM: orthogonal(4 * dim, dim, rng),
+    "stratified": lambda rng, dim=DIM: stratified(32, dim, rng),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    return RULES[request.param](np.random.default_rng(3))
+
+
+def close(value, expected, atol=1e-13):
+    torch.testing.assert_close(value, expected, rtol=0, atol=atol)
+
+
+def test_every_rule_has_mean_0_and_unit_variance_in_every_coordinate(rule):
+    assert float(rule.weights.sum()) == pytest.approx(1, abs=1e-15)
+    assert (rule.weights > 0).all()
+    assert rule.nodes.dtype == rule.weights.dtype == torch.float64
+    close(rule.mean(rule.nodes), torch.zeros(DIM).double())
+    close(rule.mean(rule.nodes.square()), torch.ones(DIM).double())
+    for power in (3, 5, 7):  # nodes come in pairs ±ε
+        close(rule.mean(rule.nodes**power), torch.zeros(DIM).double(), atol=1e-11)
+
+
+def test_nodes_come_in_pairs_of_the_same_weight(rule):
+    both = torch.cat([rule.weights[:, None], rule.nodes], dim=1)
+    mirrored = torch.cat([rule.weights[:, None], -rule.nodes], dim=1)
+    order = lambda rows: rows[np.lexsort((rows + 0.0).numpy().round(9).T)]
+    close(order(both), order(mirrored), atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_rule_is_a_function_of_the_generator(kind):
+    first, again, other = (RULES[kind](np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first.nodes, again.nodes)
+    assert not torch.equal(first.nodes, other.nodes)
+
+
+def test_mean_is_the_weighted_sum():
+    rule = Rule(torch.zeros(3, 1).double(), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
+    close(rule.mean(torch.tensor([1.0, 10.0, 100.0]).double()), torch.tensor(23.5).double())
+    close(rule.mean(torch.eye(3).double()), rule.weights)
+    assert torch.equal(Rule.equal(torch.zeros(4, 2)).weights, torch.full((4,), 0.25).double())
+
+
+# Gauss–Hermite -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2, 7])
+def test_gauss_hermite_is_exact_to_degree_5_in_one_coordinate(num_pairs):
+    rule = gauss_hermite(num_pairs, DIM, np.random.default_rng(0))
+    assert rule.nodes.shape == (2 * num_pairs + 1, DIM)
+    for degree in range(8):
+        moment = 0.0 if degree % 2 else float(stats.norm.moment(degree)) if degree else 1.0
+        found = rule.mean(rule.nodes**degree)
+        if degree != 6:  # 9 instead of 15: three points are no more than three points
+            close(found, torch.full((DIM,), moment).double(), atol=1e-12)
+    close(rule.mean(rule.nodes**6), torch.full((DIM,), 9.0).double(), atol=1e-12)
+
+
+def test_products_of_coordinates_average_out_over_the_pairs():
+    # E[ε_i ε_j] is ±1 of one pair, and falls like 1/√pairs: mean of `num_pairs` random signs.
+    for num_pairs in (1, 400):
+        rule = gauss_hermite(num_pairs, DIM, np.random.default_rng(1))
+        products = rule.mean(rule.nodes[:, :, None] * rule.nodes[:, None, :])
+        off = products[~torch.eye(DIM, dtype=torch.bool)]
+        assert off.square().mean().sqrt() == pytest.approx(num_pairs**-0.5, rel=0.5)
+        assert off.abs().max() < 4.5 * num_pairs**-0.5
+
+
+def test_first_pair_is_the_same_rule_with_one_pair():
+    rule = gauss_hermite(6, DIM, np.random.default_rng(2))
+    first = rule.first_pair
+    assert torch.equal(first.nodes, torch.stack([0 * rule.nodes[0], rule.nodes[1], -rule.nodes[1]]))
+    close(first.weights, torch.tensor([4, 1, 1]).double() / 6)
+    alone = gauss_hermite(1, DIM, np.random.default_rng(2))
+    close(first.nodes.abs(), alone.nodes.abs())
+    close(first.weights, alone.weights)
+    again = first.first_pair
+    assert torch.equal(again.nodes, first.nodes)
+    close(again.weights, first.weights)
+
+
+# Orthogonal --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 12])
+def test_orthogonal_is_exact_for_every_quadratic_with_2_dim_draws(dim):
+    rng = np.random.default_rng(dim)
+    A, b = torch.from_numpy(rng.standard_normal((dim, dim))), torch.from_numpy(rng.standard_normal(dim))
+    for blocks in (1, 3):
+        rule = orthogonal(2 * dim * blocks, dim, rng)
+        value = 1.5 + rule.nodes @ b + torch.einsum("ki,ij,kj->k", rule.nodes, A, rule.nodes)
+        close(rule.mean(value), 1.5 + A.trace(), atol=1e-11)
+        for i, j in combinations_with_replacement(range(dim), 2):
+            assert float(rule.mean(rule.nodes[:, i] * rule.nodes[:, j])) == pytest.approx(float(i == j), abs=1e-12)
+    few = orthogonal(2, 5, rng)
+    close(few.nodes.norm(dim=1), torch.full((2,), math.sqrt(5), dtype=torch.float64))
+
+
+# Stratified --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_draws", [2, 8, 32, 512])
+def test_stratified_has_one_node_in_every_stratum_of_every_coordinate(num_draws):
+    rule = stratified(num_draws, DIM, np.random.default_rng(0))
+    assert rule.nodes.shape == (num_draws, DIM)
+    levels = np.sort(rule.nodes.numpy(), axis=0)
+    quantiles = stats.norm.ppf((np.arange(num_draws) + 0.5) / num_draws)
+    stretch = levels[-1, 0] / quantiles[-1]
+    np.testing.assert_allclose(levels, np.repeat(stretch * quantiles[:, None], DIM, 1), atol=1e-12)
+    assert 1 <= stretch < 1.5
+    if num_draws >= 32:  # which unit variance stretches by little, so that nodes stay in their strata but for the tails
+        strata = np.floor(stats.norm.cdf(levels) * num_draws)
+        assert (np.abs(strata - np.arange(num_draws)[:, None]) <= 1).all()
+
+
+def test_strata_of_different_coordinates_are_independent():
+    # Random permutations: the correlation of two coordinates has an sd of about √(2/draws), as they come in pairs.
+    nodes = torch.cat([stratified(64, 2, np.random.default_rng(seed)).nodes[None] for seed in range(400)])
+    correlation = (nodes[:, :, 0] * nodes[:, :, 1]).mean(1)
+    assert abs(float(correlation.mean())) < 4 * (2 / 64 / 400) ** 0.5
+    assert float(correlation.std()) == pytest.approx((2 / 64) ** 0.5, rel=0.15)
+    first = nodes[:, :32, 0]  # of each pair, either sign comes first
+    assert abs(float((first > 0).double().mean()) - 0.5) < 4 * 0.5 / math.sqrt(32 * 400)
+
+
+def test_stratified_is_better_than_random_draws_for_a_skewed_function():
+    # E exp(σε) = exp(σ²/2), the precision of effects as a function of their scale.
+    exact, num_draws = math.exp(0.5), 64
+    errors = {
+        kind: np.array(
+            [float(rule.mean(rule.nodes[:, 0].exp()) - exact) for rule in map(make, range(200))],
+        )
+        for kind, make in {
+            "stratified": lambda seed: stratified(num_draws, 2, np.random.default_rng(seed)),
+            "random": lambda seed: Rule.equal(torch.from_numpy(np.random.default_rng(seed).standard_normal((64, 2)))),
+        }.items()
+    }
+    assert np.abs(errors["stratified"]).max() < 0.03
+    assert errors["random"].std() > 0.15
