@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dadvi.acceleration import Iterate
-from dadvi.bending import bending_places
+from dadvi.bending import Bending, find_bending
 from dadvi.descent import descend
 from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
@@ -59,8 +59,8 @@ WARM_DISTANCE = 10.0
 """The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
 
 POORLY_SEEN = 0.04
-"""Relative noise of a precision measured on the subsample, twice that of an sd, above which curvature is measured on all
-the data."""
+"""Relative noise of a precision measured on the subsample, twice that of an sd, above which the curvature is that of
+all the data."""
 
 TAYLOR_DRAWS = 32
 """Draws of q for a pass that measures Hessians too: beside these they cost little."""
@@ -74,9 +74,6 @@ ELBO_NOISE = 1e-7
 
 NEAR = 6.0
 """Length of a step, in posterior sds, up to which rounds are accelerated."""
-
-FIRST_RADIUS = 4.0
-"""A `Taylor` model that bends is trusted at first this many times as far as the subsample tells: √(C/m) posterior sds."""
 
 MOST_REJECTED = 3
 """Steps rejected in a row after which the last resort takes over."""
@@ -211,7 +208,7 @@ class _Rounds:
         self.seed, self._report = seed, report
         self.prior = executor.model.model
         self.radius = math.inf  # posterior sds
-        self._bending: tuple[int, ...] = ()
+        self._bending = Bending()
         self.history: list[Iterate] = []  # rounds since which no step was long or rejected
         self.visits = 0
         self.trace: list[TraceRow] = []
@@ -262,9 +259,8 @@ class _Rounds:
             if self._num_draws is None and len(self.noise.likelihood.nodes) < TAYLOR_DRAWS:
                 rng = random_stream(self.seed, Purpose.DRAWS, 2)
                 self.noise = fixed_draws(TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim), 1, rng)
-            self._bending = bending_places(self.subsample, self.factor, warm.loc, curvature)
-            if self._bending:
-                self.radius = FIRST_RADIUS * math.sqrt(self.factor)
+            self._bending = find_bending(self.subsample, self.factor, warm.loc, curvature)
+            self.radius = self._bending.radius
         self._start_curvature, self._unit = curvature, curvature.stddev
         q = optimum(self.family, warm.loc, curvature)
         return self._solve(alone, q, self.noise, self.tol) if self.factor == 1 else q
@@ -306,7 +302,7 @@ class _Rounds:
         local: LocalModel
         if self._curvature_from == "data":
             local = Taylor.measured(
-                self.executor, q, self.noise, self._start_curvature, self._bending, check=check, label=label
+                self.executor, q, self.noise, self._start_curvature, self._bending.places, check=check, label=label
             )
             seen = None
         else:
@@ -355,7 +351,7 @@ class _Rounds:
         if gain < 0.25 * predicted:
             self.radius = length / 2
         elif gain > 0.75 * predicted:
-            self.radius = max(self.radius, 2 * length)
+            self.radius = min(max(self.radius, 2 * length), self._bending.radius)
 
     def descend(self, here: _Visit) -> _Visit | None:
         """Move the mean by the last resort; None if it finds nothing better, or passes run out."""

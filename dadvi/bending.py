@@ -9,6 +9,7 @@ is an arrowhead like H, and
 is the cubic with ∂³f/∂δ_b∂δ∂δᵀ = M and no term without δ_b. Terms that two such coordinates share are counted twice.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,8 +22,11 @@ from dadvi.quadrature import Rule
 from dadvi.structure import Arrowhead
 from dadvi.subsample import Subsample
 
-BENDING = 0.05
+BENDING = 0.2
 """Fraction of an error that a round would leave for want of third-order terms, above which a coordinate has them."""
+
+FARTHEST = 0.6
+"""A step may change the curvature of groups by this fraction, as the third-order terms have it."""
 
 MOST_BENDING = 4
 """Coordinates with third-order terms, at most: each costs two thirds of what the Hessian costs."""
@@ -74,8 +78,16 @@ class Cubic:
         return Arrowhead(structure, corner, cross, scaled.blocks)
 
 
-def bending_places(subsample: Subsample, factor: float, loc: Tensor, curvature: Curvature) -> tuple[int, ...]:
-    """Return which dense coordinates, by place, need third-order terms, as the scaled subsample shows near its mean.
+@dataclass(frozen=True)
+class Bending:
+    """The dense coordinates with third-order terms, by place, and how far an expansion with these is to be trusted."""
+
+    places: tuple[int, ...] = ()
+    radius: float = math.inf  # posterior sds
+
+
+def find_bending(subsample: Subsample, factor: float, loc: Tensor, curvature: Curvature) -> Bending:
+    """Return which dense coordinates need third-order terms, as the scaled subsample shows near its mean.
 
     A round that takes means and sds in turn leaves of an error in coordinate b the fraction ½ Σ_j σ_j⁴ (∂_b H_jj)² /
     S_bb, over the coordinates j of groups, σ_j² = 1/P_jj, with S the Schur complement of P: the product of ∂μ_b/∂σ and
@@ -83,17 +95,19 @@ def bending_places(subsample: Subsample, factor: float, loc: Tensor, curvature: 
     """
     structure = curvature.structure
     if not structure.groups.numel():
-        return ()
-    variance = curvature.precision_diagonal[structure.groups].reciprocal()  # (J, C)
-    inverse = curvature.factor.dense @ curvature.factor.dense.T  # S⁻¹
-    left = []
+        return Bending()
+    precision = curvature.precision_diagonal[structure.groups]  # (J, C)
+    inverse = (curvature.factor.dense @ curvature.factor.dense.T).diagonal()  # of S
+    left, reach = [], []
     for place, at in enumerate(differences(loc, curvature, range(len(inverse)))):
         work = HessianVector(at.nodes.numpy(), structure.probes(), at.weights.numpy())
         products = torch.from_numpy(subsample.run(work).products)[:, structure.groups] * structure.signs[:, None]
         change = factor * products.diagonal(dim1=0, dim2=2)  # ∂_b H_jj (J, C)
-        left.append(float(0.5 * (variance * change).square().sum() * inverse[place, place]))
+        left.append(float(0.5 * (change / precision).square().sum() * inverse[place]))
+        reach.append(FARTHEST * float(precision.sum() / (change.abs().sum() * inverse[place].sqrt())))
     most = sorted(range(len(left)), key=lambda place: -left[place])[:MOST_BENDING]
-    return tuple(sorted(place for place in most if left[place] > BENDING))
+    places = tuple(sorted(place for place in most if left[place] > BENDING))
+    return Bending(places, min((reach[place] for place in places), default=math.inf))
 
 
 def differences(loc: Tensor, curvature: Curvature, places: Iterable[int]) -> list[Rule]:

@@ -182,7 +182,7 @@ def test_it_stops_where_the_curvature_says_that_it_is_near(write):
     executor = logistic(write)
     q = start_of(executor)
     noise = noise_of(q.dim)
-    mean, _, sd = optimum_of(executor, noise, q)
+    mean, _, _ = optimum_of(executor, noise, q)
     curvature = bad_curvature(executor, Gaussian(MeanField(), {**q.params, "loc": mean}), noise, 1.0)
     lengths = []
     for distance in (1.0, 1e-2, 1e-5):
