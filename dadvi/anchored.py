@@ -9,7 +9,7 @@ rose; if not, the run goes back and takes a shorter one. Where steps fail, L-BFG
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -52,15 +52,28 @@ DEFAULT_PASSES = 30.0
 SUBSAMPLE_ROWS, ROWS_PER_COORDINATE = 20_000, 200
 """Rows of the resident subsample, or for each dense coordinate if that is more, unless told otherwise."""
 
+ROOT_ROWS = 6.0
+"""The subsample has at least this many times √(N D) rows, D counting dense coordinates.
+
+With n rows a run starts about √(N/n) posterior sds from its end, and a round leaves √(D/n) of that: after the second
+round about N^½ D / n^{3/2}, which falls with N.
+"""
+
 WARM_ROWS, WARM_ROWS_PER_COORDINATE = 4_000, 50
 """Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more."""
 
 WARM_DISTANCE = 10.0
 """The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
 
+SLICES = 16
+"""Parts of the subsample whose curvatures are compared to estimate their noise."""
+
 POORLY_SEEN = 0.04
 """Relative noise of a precision measured on the subsample, twice that of an sd, above which the curvature is that of
 all the data."""
+
+NARROW = 0.003
+"""Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
 
 TAYLOR_DRAWS = 32
 """Draws of q for a pass that measures Hessians too: beside these they cost little."""
@@ -217,7 +230,8 @@ class _Rounds:
         self._load(settings.subsample_rows)
         draws = partial(fixed_draws, settings.num_draws, num_rows=self.subsample.num_rows)
         self.noise = draws(family.noise_dim(self.prior.dim), rng=random_stream(seed, Purpose.DRAWS))
-        self._warm_noise = draws(self.prior.dim, rng=random_stream(seed, Purpose.DRAWS, 1))
+        warm = draws(self.prior.dim, rng=random_stream(seed, Purpose.DRAWS, 1))
+        self._warm_noise = replace(warm, curvature=Rule.equal(torch.zeros(1, self.prior.dim, dtype=torch.float64)))
 
     def _load(self, subsample_rows: int | None) -> None:
         """Read the subsample, and find the structure of the Hessian on it, which tells how large it should be."""
@@ -235,9 +249,11 @@ class _Rounds:
             )
         self.structure = structure
         if subsample_rows is None:
-            wanted = sampling.chunks_for(manifest, max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * len(structure.dense)))
-            more = sampling.subsample(manifest, wanted, self.seed)
-            self.subsample = self.subsample.extended(data, more.tolist())
+            num_dense = len(structure.dense)
+            enough = max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * num_dense)
+            rows = max(enough, int(ROOT_ROWS * math.sqrt(manifest.num_rows * num_dense)))
+            more = sampling.subsample(manifest, sampling.chunks_for(manifest, rows), self.seed)
+            self.subsample = replace(self.subsample, curvature_rows=enough).extended(data, more.tolist())
         self.factor = manifest.num_chunks / len(self.subsample.batches)
 
     def start(self) -> Gaussian:
@@ -249,17 +265,19 @@ class _Rounds:
         warn_if_ordered(self.subsample, warm.loc)
         at = Rule.equal(warm.loc[None])
         work = HessianVector(at.nodes.numpy(), self.structure.tangents())
-        parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in self.subsample.each(work)]
+        seen = self.subsample.for_curvature.sliced(SLICES)
+        parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in seen.each(work)]
+        factor = self.executor.data.manifest.num_chunks / len(self.subsample.for_curvature.batches)
         of_prior = prior_hessian(self.prior, at, self.structure)
-        curvature = Curvature.of(-(sum(parts[1:], parts[0]) * self.factor + of_prior))
+        curvature = Curvature.of(-(sum(parts[1:], parts[0]) * factor + of_prior))
         if self._curvature_from == "auto":
-            noise = self._precision_noise(parts, curvature)
+            noise = _precision_noise(parts, factor, curvature)
             self._curvature_from = "data" if noise > POORLY_SEEN else "subsample"
         if self._curvature_from == "data":
             if self._num_draws is None and len(self.noise.likelihood.nodes) < TAYLOR_DRAWS:
                 rng = random_stream(self.seed, Purpose.DRAWS, 2)
                 self.noise = fixed_draws(TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim), 1, rng)
-            self._bending = find_bending(self.subsample, self.factor, warm.loc, curvature)
+            self._bending = find_bending(seen, factor, warm.loc, curvature)
             self.radius = self._bending.radius
         self._start_curvature, self._unit = curvature, curvature.stddev
         q = optimum(self.family, warm.loc, curvature)
@@ -268,22 +286,6 @@ class _Rounds:
     def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> Gaussian:
         seen = noise.expectations(self.prior, local, q)
         return solve(self.prior, local, q, seen, noise, tol)[0]
-
-    def _precision_noise(self, parts: Sequence[Arrowhead], curvature: Curvature) -> float:
-        """Return the largest standard error, over coordinates, of a precision scaled up from the subsample, over it.
-
-        Parameters
-        ----------
-        parts
-            The Hessian of each chunk of the subsample.
-
-        """
-        if self.factor == 1:  # the subsample is all there is
-            return 0.0
-        diagonals = torch.stack([part.diagonal() for part in parts])  # (m, D)
-        unsampled = 1 - 1 / self.factor
-        error = self.factor * diagonals.std(0) * math.sqrt(len(parts) * unsampled)
-        return float((error / curvature.precision_diagonal).max())
 
     def visit(self, q: Gaussian, seen: Expectations | None = None, length: float = math.nan) -> _Visit:
         """Measure the local model at q by one pass over the data.
@@ -309,7 +311,13 @@ class _Rounds:
             local = Surrogate.measured(
                 self.subsample, self.structure, self.factor, self.executor, q.loc, check=check, label=label
             )
-        return _Visit(q, local, self.noise.expectations(self.prior, local, q, known=seen), length)
+        found = self.noise.expectations(self.prior, local, q, known=seen)
+        if self.visits == 1 and self._curvature_from == "subsample" and self.factor > 1:
+            change = found.curvature.precision_diagonal / self._start_curvature.precision_diagonal - 1
+            if float(change.abs().max()) < NARROW:  # what q spreads over has the curvature of its mean
+                center = Rule.equal(torch.zeros_like(self.noise.curvature.nodes[:1]))
+                self.noise = replace(self.noise, curvature=center)
+        return _Visit(q, local, found, length)
 
     def aim(self, here: _Visit) -> _Aim:
         """Return the local model's optimum, as far as the radius allows, or what is better.
@@ -407,6 +415,24 @@ class _Rounds:
         return Fitted(
             here.q, status, reason, here.seen.elbo, self.passes, certificate, tuple(self.trace), here.seen.curvature
         )
+
+
+def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curvature) -> float:
+    """Return the largest standard error, over coordinates, of a precision scaled up from the subsample, over it.
+
+    Parameters
+    ----------
+    parts
+        The Hessian of each of as many slices of the subsample.
+    factor
+        What scales their sum up to all the data.
+
+    """
+    if factor == 1:  # the subsample is all there is
+        return 0.0
+    diagonals = torch.stack([part.diagonal() for part in parts])  # (m, D)
+    error = factor * diagonals.std(0) * math.sqrt(len(parts) * (1 - 1 / factor))
+    return float((error / curvature.precision_diagonal).max())
 
 
 def fixed_draws(num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator) -> Noise:

@@ -98,9 +98,11 @@ class Surrogate:
         return value, self.factor * torch.from_numpy(sums.grad) + self.tilt
 
     def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:
-        """Return Σ_k w_k ∇²ℓ(η_k), to which the tilt adds nothing."""
-        sums = self.subsample.run(HessianVector(eta.numpy(), self.structure.tangents(), weights.numpy()))
-        return self.structure.arrowhead(torch.from_numpy(sums.products)) * self.factor
+        """Return Σ_k w_k ∇²ℓ(η_k), to which the tilt adds nothing, by the part of S that is for curvatures."""
+        part = self.subsample.for_curvature
+        sums = part.run(HessianVector(eta.numpy(), self.structure.tangents(), weights.numpy()))
+        scale = self.factor * len(self.subsample.batches) / len(part.batches)
+        return self.structure.arrowhead(torch.from_numpy(sums.products)) * scale
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ The warm start is the posterior *given S alone*, unscaled: scales of a hierarchy
 right for the rows that S has. Its mean lies within about √(N / rows in S) posterior sds of where the run is to end.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ class Subsample:
 
     model: BoundModel  # with float64 arithmetic: in float32 a solve stalls tenths of an sd away
     batches: Mapping[int, Batch]  # by chunk, in increasing order
+    curvature_rows: float = math.inf  # as many of its rows at least, in whole chunks, are for measuring curvatures
 
     @classmethod
     def load(cls, model: BoundModel, data: ShardedDataset, chunks: Sequence[int]) -> "Subsample":
@@ -70,21 +72,37 @@ class Subsample:
             batches[chunk] = {
                 name: value.double() if value.is_floating_point() else value for name, value in batch.items()
             }
-        return Subsample(self.model, dict(sorted(batches.items())))
+        return Subsample(self.model, dict(sorted(batches.items())), self.curvature_rows)
+
+    @property
+    def for_curvature(self) -> "Subsample":
+        """The part of S on which curvatures are measured: they cost more than gradients, and steer the search only."""
+        return self.part(self.curvature_rows)
 
     @property
     def num_rows(self) -> int:
         """Rows of S."""
         return sum(len(next(iter(batch.values()))) for batch in self.batches.values())
 
-    def part(self, num_rows: int) -> "Subsample":
+    def part(self, num_rows: float) -> "Subsample":
         """Return the subsample's first chunks, with so many rows at least, or all of them."""
+        if num_rows >= self.num_rows:
+            return self
         chosen: dict[int, Batch] = {}
         for chunk, batch in self.batches.items():
             chosen[chunk] = batch
             if Subsample(self.model, chosen).num_rows >= num_rows:
                 break
         return Subsample(self.model, chosen)
+
+    def sliced(self, num_slices: int) -> "Subsample":
+        """Return the same rows in so many batches of equal size, as far as there are rows; they are no chunks."""
+        rows = {name: torch.cat([batch[name] for batch in self.batches.values()]) for name in self.model.fields}
+        pieces = zip(*(values.tensor_split(num_slices) for values in rows.values()), strict=True)
+        batches = (dict(zip(rows, piece, strict=True)) for piece in pieces)
+        return Subsample(
+            self.model, {number: batch for number, batch in enumerate(batches) if len(next(iter(batch.values())))}
+        )
 
     def top(self, num_rows: int) -> "Subsample":
         """Return the subsample of the first rows of each chunk, so many of them at most."""
