@@ -165,7 +165,7 @@ class Anchored:
         passes = self.passes_at_most(executor.data.manifest, max_passes)
         run = _Rounds(self, executor, family, tol, passes, seed, report)
         here = run.visit(run.start())
-        if not math.isfinite(here.seen.elbo):
+        if not (math.isfinite(here.seen.elbo) and here.seen.grad.isfinite().all()):
             return run.fitted(here, "diverged", "the log posterior is not finite at the first anchor", None)
         while True:
             aim = run.aim(here)
@@ -341,8 +341,9 @@ class _Rounds:
                 return None
             length = distance(here.q, aim.q, here.seen.curvature.stddev)
             there = self.visit(aim.q, aim.seen, length)
-            slack = NEGLIGIBLE_NATS + ELBO_NOISE * abs(here.seen.elbo)
-            gain = there.seen.elbo - here.seen.elbo
+            # Where E_q[∇ log π] = 0, the ELBO at these draws is not quite the largest; coordinates add up at random.
+            slack = NEGLIGIBLE_NATS * math.sqrt(self.prior.dim) + ELBO_NOISE * abs(here.seen.elbo)
+            gain = self.noise.gain(here.seen, there.seen, there.q)
             if gain >= -slack:  # False for nan
                 self._adapt(gain, aim.gain, length)
                 return there

@@ -167,7 +167,10 @@ def fit(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     method: Annotated[
-        MethodName, typer.Option(help="How to fit. auto: anchored, for up to 2000 coordinates, else advi.")
+        MethodName,
+        typer.Option(
+            help="How to fit. auto: anchored, for up to 2000 coordinates besides effects of groups, else advi."
+        ),
     ] = MethodName.AUTO,
     batch_rows: Annotated[
         int | None,

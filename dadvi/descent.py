@@ -6,6 +6,7 @@ bounded wherever the posterior is proper, on which L-BFGS with a line search con
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import scipy.optimize
@@ -20,8 +21,15 @@ from dadvi.passes import Gradient
 from dadvi.quadratic import Curvature
 from dadvi.types import FloatArray
 
+FAR_ABOVE = 1e3
+"""A loss that is not finite counts as this many times the first one's size: the line search then turns back."""
+
 MEMORY = 20
 """Pairs of steps and gradients from which L-BFGS makes its curvature."""
+
+
+class _Spent(Exception):  # noqa: N818  it ends the search, and is no error
+    """All evaluations that were allowed have been made."""
 
 
 def descend(
@@ -54,6 +62,7 @@ def descend(
     """
     model = executor.model.model
     best_value, best, first, last_grad = -np.inf, q.loc, -np.inf, torch.full_like(q.loc, np.inf)
+    evaluations = 0
 
     def expected_log_joint(mean: torch.Tensor) -> tuple[float, torch.Tensor]:
         moved = Gaussian(q.family, {**q.params, "loc": mean})
@@ -65,13 +74,16 @@ def descend(
         return float(value), grad
 
     def loss(v: FloatArray) -> tuple[float, FloatArray]:
-        nonlocal best_value, best, first, last_grad
+        nonlocal best_value, best, first, last_grad, evaluations
+        if evaluations == max_passes:
+            raise _Spent
+        evaluations += 1
         mean = q.loc + curvature.root_times(torch.from_numpy(v.copy()))
         value, grad = expected_log_joint(mean)
         report(value)
-        if not (np.isfinite(value) and grad.isfinite().all()):  # the line search turns back
-            return np.inf, np.zeros_like(v)
-        first = value if not np.isfinite(first) else first
+        if not (np.isfinite(value) and grad.isfinite().all()):
+            return FAR_ABOVE * (1 + abs(first)), np.zeros_like(v)  # an infinite value would end the line search
+        first = value if evaluations == 1 else first
         if value > best_value:
             best_value, best = value, mean
         last_grad = grad
@@ -81,12 +93,13 @@ def descend(
         if float((curvature.solve(last_grad) / curvature.stddev).abs().max()) <= distance:
             raise StopIteration
 
-    scipy.optimize.minimize(
-        loss,
-        np.zeros(q.dim),
-        jac=True,
-        method="L-BFGS-B",
-        callback=stop_if_near,
-        options={"maxfun": max_passes, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
-    )
+    with suppress(_Spent):
+        scipy.optimize.minimize(
+            loss,
+            np.zeros(q.dim),
+            jac=True,
+            method="L-BFGS-B",
+            callback=stop_if_near,
+            options={"maxfun": np.inf, "maxiter": max_passes, "maxcor": MEMORY, "ftol": 0, "gtol": 0},
+        )
     return Gaussian(q.family, {**q.params, "loc": best}) if best_value > first else None

@@ -173,6 +173,7 @@ class Expectations:
     """What q sees of log π."""
 
     elbo: float
+    sampled: float  # the ELBO without its control variate
     grad: Tensor  # E_q[∇ log π] (D,)
     curvature: Curvature  # −E_q[∇² log π]
     bend: Arrowhead  # E_q[∇²ℓ], of the likelihood alone
@@ -220,11 +221,21 @@ class Noise:
             curvature = Curvature.of(-(bend + of_prior))
         else:
             bend, curvature = known.bend, known.curvature
-        away = eta - q.loc
+        sampled = float(self.likelihood.mean(log_lik) + log_prior.detach() + q.entropy())
+        return Expectations(sampled - self._error(bend, q), sampled, grad, curvature, bend)
+
+    def gain(self, here: Expectations, there: Expectations, q: Gaussian) -> float:
+        """Return by how much the ELBO of q, seen as `there`, exceeds that of another Gaussian, seen as `here`.
+
+        Both with the control variate of the latter: what two of them would differ by is no gain.
+        """
+        return there.sampled - self._error(here.bend, q) - here.elbo
+
+    def _error(self, bend: Arrowhead, q: Gaussian) -> float:
+        """Return what the draws of q have for an error where the log-likelihood is a quadratic with this Hessian."""
+        away = q.transform(self.likelihood.nodes) - q.loc
         sampled = self.likelihood.mean((bend.times(away) * away).sum(1))
-        error = 0.5 * (sampled - _trace(bend, q))
-        elbo = float(self.likelihood.mean(log_lik) - error + log_prior.detach() + q.entropy())
-        return Expectations(elbo, grad, curvature, bend)
+        return 0.5 * float(sampled - _trace(bend, q))
 
 
 def _trace(matrix: Arrowhead, q: Gaussian) -> Tensor:
@@ -264,6 +275,8 @@ def solve(
     unit, origin, fresh = seen.curvature.stddev, q, True
     history: list[Iterate] = []
     for _ in range(SEARCH_STEPS):
+        if not seen.grad.isfinite().all():
+            break
         target = seen.target(q)
         length = distance(q, target, seen.curvature.stddev)
         change = float((target.stddev / q.stddev - 1).abs().max())
@@ -289,7 +302,7 @@ def solve(
         q, look = found
         fresh = not distance(q, look.target(q), look.curvature.stddev) < CONTRACTION * length
         seen = noise.expectations(prior, local, q) if fresh else look
-    return q, seen
+    return q, seen if fresh else noise.expectations(prior, local, q)
 
 
 def distance(q: Gaussian, other: Gaussian, unit: Tensor) -> float:

@@ -288,7 +288,7 @@ def _sum_together(
     except IndexError as error:
         codes = {
             name: f"{int(values.min())} to {int(values.max())}"
-            for name, values in batch.items()
+            for name, values in ((name, torch.cat([each[name] for each in read])) for name in model.fields)
             if not (values.is_floating_point() or values.dtype == torch.bool)
         }
         raise DataError(

@@ -77,7 +77,8 @@ class Curvature:
             # A root is triangular after the QR decomposition of its transpose, without squaring its range.
             upper = torch.linalg.qr(root.T, mode="r").R
             root = upper.T * upper.diagonal().sign()
-        precision = Arrowhead(matrix.structure, schur + eliminated, matrix.cross, blocks)
+        corner = matrix.corner + (schur - (matrix.corner - eliminated))  # to the bit, where nothing was changed
+        precision = Arrowhead(matrix.structure, corner, matrix.cross, blocks)
         return cls(precision, Root(matrix.structure, root, group_roots, coupling), flat_group or flat_dense)
 
     @classmethod

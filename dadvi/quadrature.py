@@ -2,8 +2,8 @@
 
     E f(ε) ≈ Σ_k w_k f(ε_k)
 
-Random draws leave every sd with the noise of their second moments. These rules have mean 0 and unit variance in every
-coordinate exactly, whatever their size, and come in pairs ±ε.
+Random draws leave every sd with the noise of their second moments. These rules come in pairs ±ε, so that their mean is
+0, and have unit variance in every coordinate exactly (orthogonal ones if there are a multiple of 2 dim of them).
 """
 
 from dataclasses import dataclass

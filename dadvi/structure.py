@@ -212,7 +212,9 @@ class Root:
         """Return R⁻¹ x (..., D)."""
         result = torch.empty_like(x)
         dense, groups = x[..., self.structure.dense], x[..., self.structure.groups]
-        result[..., self.structure.dense] = torch.linalg.solve_triangular(self.dense.T, dense, upper=True, left=False)
+        result[..., self.structure.dense] = torch.linalg.solve_triangular(self.dense, dense[..., None], upper=False)[
+            ..., 0
+        ]
         result[..., self.structure.groups] = torch.linalg.solve(self.groups, groups[..., None])[..., 0] + torch.einsum(
             "jcg,...g->...jc", self.coupling, dense
         )

@@ -298,10 +298,11 @@ def test_groups_that_the_subsample_hardly_sees(write, visits):
 
 
 def test_a_subsample_that_sees_every_latent_gives_the_curvature(write, visits):
-    fields = logistic_fields(4_000, 3)
+    fields = logistic_fields(16_000, 3)
     data = write(fields, chunk_rows=100)
-    dadvi.fit(logistic_model(3), data, method=dadvi.Anchored(subsample_rows=1_000), client="serial")
-    assert visits[0][3]._curvature_from == "subsample"
+    for rows, source in ((8_000, "subsample"), (800, "data")):
+        dadvi.fit(logistic_model(3), data, method=dadvi.Anchored(subsample_rows=rows), client="serial")
+        assert visits[-1][3]._curvature_from == source
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------
@@ -377,9 +378,9 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     (first, second), sds = calls[:2], target.optimum("full_rank").sd
     assert second[0] is first[0]
     assert second[1] is first[1]
-    assert first[2] in ([math.inf, anchored.FIRST_RADIUS * math.sqrt(ROWS / SEEN)][: 1 + (curvature == "data")])
+    assert first[2] == math.inf
     length = np.abs((visits[1][1].loc - first[0].loc).numpy() / sds).max()
-    assert second[2] == pytest.approx(min(length, first[2]) / 4, rel=0.2)  # sds by S's curvature, or by all the data's
+    assert second[2] == pytest.approx(length / 4, rel=0.2)  # sds by S's curvature, or by all the data's
     assert posterior.status == "converged", posterior.reason
     assert_elbo_never_falls(posterior)
     mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
@@ -436,7 +437,7 @@ def test_nan_at_the_first_anchor_is_diverged(write, curvature):
 
 def test_max_passes_stops(written):
     target, data = written("linear_regression")
-    method = dadvi.Anchored(subsample_rows=SEEN)
+    method = dadvi.Anchored(subsample_rows=SEEN, curvature="subsample")
     run = partial(dadvi.fit, target.model(), data, method=method, client="serial", tol=1e-12)
     for max_passes, rounds in [(0.5, 1), (2.3, 1), (2.5, 2)]:
         posterior = run(max_passes=max_passes)
@@ -529,9 +530,11 @@ GROUPED = {"centred": lambda: many_groups(True), "non-centred": lambda: many_gro
 def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, name, rows):
     model, fields = GROUPED[name]()
     data = write(fields, chunk_rows=50)
-    method = dadvi.Anchored(subsample_rows=rows)
+    # The same draws for both: with other draws their optima are a tenth of an sd apart.
+    method = dadvi.Anchored(subsample_rows=rows, num_draws=64)
+    dense_method = dadvi.Anchored(curvature="data", num_draws=64)
     monkeypatch.setattr(probing, "FEWEST_GROUPS", 1_000)
-    dense = dadvi.fit(model, data, method=dadvi.Anchored(curvature="data"), client="serial", tol=0.005)
+    dense = dadvi.fit(model, data, method=dense_method, client="serial", tol=0.005)
     assert dense.curvature.is_full
     monkeypatch.undo()
     limit(30)
@@ -546,7 +549,7 @@ def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, na
     mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), dense.curvature.stddev.numpy())
     assert mean_error < 2 * TOL
     assert sd_error < 2 * TOL
-    np.testing.assert_allclose(posterior.curvature.stddev, dense.curvature.stddev, rtol=0.05)
+    np.testing.assert_allclose(posterior.curvature.stddev, dense.curvature.stddev, rtol=2 * TOL)
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -163,6 +163,15 @@ def test_nothing_better_than_the_optimum_is_found(executor):
     assert found is None or expected_log_joint(executor, found, noise)[0] - values[0] < 1e-8
 
 
+def test_where_everything_is_as_good_nothing_better_is_found(write):
+    data = write({"x": np.zeros(20)}, chunk_rows=8)
+    model = dadvi.Model(prior={"a": dadvi.Flat(2)}, log_likelihood=lambda a, x: x)
+    executor = SerialExecutor(bind_to(model, data), data)
+    q = Gaussian(MeanField(), {"loc": torch.ones(2).double(), "log_scale": torch.zeros(2).double()})
+    curvature = Curvature.diagonal(torch.ones(2).double())
+    assert descend(executor, q, curvature, noise_of(2), 0.0, 10, lambda value: None) is None
+
+
 def test_with_the_right_curvature_a_quadratic_takes_one_line_search(write):
     target = targets.linear_regression(num_rows=203)
     data = write(target.fields, chunk_rows=64)

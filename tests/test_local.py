@@ -86,6 +86,11 @@ def whole(executor):
     return Surrogate.untilted(load(executor, chunks), Structure.full(len(anchor)), 1.0, anchor)
 
 
+def taylor(executor, q, noise, bending=()):
+    curvature = Curvature.dense(torch.eye(q.dim).double())
+    return Taylor.measured(executor, q, noise, curvature, bending, check=True, label="test")
+
+
 def hessian_at(local, eta):
     """Return the local model's Hessian (D, D) at one point (D,)."""
     return local.hessian(eta[None], torch.ones(1).double()).matrix()
@@ -168,7 +173,7 @@ def test_taylor_is_exact_for_a_gaussian_likelihood(write):
     target = targets.linear_regression(num_rows=203)
     executor = executor_of(target.model(), write(target.fields, chunk_rows=48))
     q = Gaussian(MeanField(), {"loc": normal(5, seed=1), "log_scale": 0.3 * normal(5, seed=2)})
-    local = Taylor.measured(executor, q, random_noise(5, num_draws=4), Structure.full(5), check=True, label="test")
+    local = taylor(executor, q, random_noise(5, num_draws=4))
     eta = 2 * normal(6, 5, seed=3)
     x, y = target.fields["x"], target.fields["y"]
     away = y[:, None] - x @ eta.numpy().T  # (rows, K)
@@ -184,7 +189,7 @@ def test_taylor_has_the_averaged_derivatives_of_a_logistic(logistic):
     q = Gaussian(MeanField(), {"loc": normal(3, seed=1), "log_scale": torch.full((3,), -0.7).double()})
     noise = random_noise(3, num_draws=6)
     noise = replace(noise, curvature=Rule(noise.curvature.nodes, torch.tensor([0.3, 0.7], dtype=torch.float64)))
-    local = Taylor.measured(executor, q, noise, Structure.full(3), check=True, label="test")
+    local = taylor(executor, q, noise)
     eta = q.transform(noise.likelihood.nodes)
     values, grads, hessians = zip(*(logistic_terms(fields, each) for each in eta.numpy()), strict=True)
     value, grad = local.log_lik(q.loc[None])
@@ -199,11 +204,14 @@ def test_expansion_is_both_passes_in_one_read_bit_for_bit(logistic, structure):
     _, executor = logistic
     gradient = Gradient(normal(4, 3, seed=1).numpy())
     at, weights = normal(2, 3, seed=2).numpy(), np.array([0.4, 0.6])
-    hessian = HessianVector(at, structure.tangents(), weights)
+    hessians = [
+        HessianVector(sign * at, structure.tangents(), weight) for sign, weight in ((1, weights), (2, -weights))
+    ]
     before = executor.rows_read
-    both = executor.run(Expansion(gradient, at, weights, structure))
+    both = executor.run(Expansion(gradient, ((at, weights), (2 * at, -weights)), structure))
     assert executor.rows_read - before == 205
-    apart = (*executor.run(gradient), *executor.run(hessian))
+    products = np.stack([executor.run(hessian).products for hessian in hessians])
+    apart = (*executor.run(gradient), products)
     assert [values.tobytes() for values in both] == [values.tobytes() for values in apart]
 
 

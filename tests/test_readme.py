@@ -29,7 +29,7 @@ def options_of(command: str) -> set[str]:
 
 
 def test_quickstart_runs_and_finds_the_coefficients(tmp_path, monkeypatch):
-    (code,) = blocks(README, "python")
+    code, _ = blocks(README, "python")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart.py").write_text(code)
 
@@ -46,8 +46,18 @@ def test_quickstart_runs_and_finds_the_coefficients(tmp_path, monkeypatch):
     assert reloaded.summary().equals(summary)
 
 
+def test_linear_response_goes_on_from_the_quickstart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "both.py").write_text("\n".join(blocks(README, "python")))
+    after = runpy.run_path("both.py")
+    for name in ("a", "beta[0]"):  # intercept and slopes hardly correlate here: the sds agree with one another
+        sds = {after[which].summary().loc[name, "sd"] for which in ("posterior", "corrected")}
+        assert max(sds) / min(sds) < 1.2
+    assert after["corrected"].unconstrained.family.name == "full_rank"
+
+
 def test_quickstart_is_short():
-    (code,) = blocks(README, "python")
+    code, _ = blocks(README, "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
 
 
