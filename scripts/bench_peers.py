@@ -41,8 +41,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bench_anchored import logistic
 from distributed import Client
+from problems import bernoulli, logistic, mixing, predictors
 from rich.console import Console
 from rich.table import Column, Table
 from torch.distributions import Bernoulli, HalfNormal, Normal
@@ -206,17 +206,12 @@ class Peers:
 
 
 def logistic_rows(rng: np.random.Generator) -> Callable[[int], Fields]:
-    """Return what draws rows as `bench_anchored.logistic` does; here in blocks, scaled by the predictors' own sds."""
-    dim, condition = 100, 1000
-    rotate = [np.linalg.qr(rng.standard_normal((dim, dim)))[0] for _ in range(2)]
-    mix = rotate[0] * np.logspace(0, -np.log10(condition) / 2, dim) @ rotate[1]
-    mix = (mix / np.sqrt(np.square(mix).sum(0))).astype(np.float32)
-    beta = (0.3 * rng.standard_normal(dim)).astype(np.float32)
+    """Return what draws rows of `problems.logistic`, here block by block into files that peers can read."""
+    mix, beta = mixing(rng, 100, 1000), (0.3 * rng.standard_normal(100)).astype(np.float32)
 
     def draw(num_rows: int) -> Fields:
-        x = rng.standard_normal((num_rows, dim), dtype=np.float32) @ mix
-        x[:, 0] = 1
-        return {"x": x, "y": rng.random(num_rows) < 1 / (1 + np.exp(-x @ beta))}
+        x = predictors(rng, num_rows, mix)
+        return {"x": x, "y": bernoulli(rng, x @ beta)}
 
     return draw
 
@@ -508,7 +503,7 @@ def logistic_table(rows: int, own: Run, svi: list[Run], advi: list[Run], solvers
 def bench_logistic(plan: Plan, peers: Peers, directory: Path) -> dict[str, Any]:
     """Run problem 1, print its table and return the record."""
     rng = np.random.default_rng(0)
-    _, model = logistic(rng, 1_000)
+    model = logistic(rng, 1_000).model
     fields = store(directory, plan.rows, logistic_rows(rng))
     optimum = reference(fields)
     data = dadvi.write_shards(directory / "rows.zarr", fields)
