@@ -240,7 +240,7 @@ def sizes(problem: Problem, options: argparse.Namespace) -> Iterator[tuple[int, 
     """Yield the numbers of rows and groups that are asked for."""
     fraction = 10 if options.quick else 1
     for num_rows in problem.rows:
-        if num_rows // fraction <= options.max_rows:
+        if options.min_rows <= num_rows // fraction <= options.max_rows:
             yield num_rows // fraction, tuple(each // fraction for each in problem.groups)
 
 
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("problems", nargs="*", metavar="PROBLEM", help=f"of {known}; default: all")
     parser.add_argument("--quick", action="store_true", help="a tenth of the rows, and of the groups")
     parser.add_argument("--max-rows", type=float, default=math.inf, help="leave out larger data")
+    parser.add_argument("--min-rows", type=float, default=0, help="leave out smaller data")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the measurements there too")
     options = parser.parse_args()
     if unknown := set(options.problems) - set(PROBLEMS):
