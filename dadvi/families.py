@@ -305,13 +305,18 @@ class Gaussian:
         return self.family.entropy(self.params)
 
 
-FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (MeanField, FullRank, LowRank, Arrow)}
+FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (MeanField, FullRank, LowRank)}
+"""Families to fit in, by name."""
+
+STORED_FAMILIES: Mapping[str, type[Family]] = {**FAMILIES, Arrow.name: Arrow}
+"""Families of posteriors that can be saved and read back, by name."""
 
 
 def check_known(family: Family) -> None:
     """Raise InputError for a family of the user's: there would be no way to read back what is saved of it."""
-    if FAMILIES.get(family.name) is not type(family):
-        raise InputError(f"family {family.name!r} is not one of dadvi's ({', '.join(FAMILIES)}), so it cannot be saved")
+    if STORED_FAMILIES.get(family.name) is not type(family):
+        known = ", ".join(STORED_FAMILIES)
+        raise InputError(f"family {family.name!r} is not one of dadvi's ({known}), so it cannot be saved")
 
 
 def make_family(family: str | Family) -> Family:

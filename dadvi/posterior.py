@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dadvi.errors import DataError, InputError
 from dadvi.executors import ClientLike, Executor, make_executor
-from dadvi.families import FAMILIES, Family, Gaussian, MeanField, check_known
+from dadvi.families import STORED_FAMILIES, Family, Gaussian, MeanField, check_known
 from dadvi.likelihood import bind_to
 from dadvi.model import Model
 from dadvi.quadratic import Certificate, Curvature
@@ -406,7 +406,7 @@ def load_posterior(location: Location, storage_options: Options = None) -> Poste
 
 def _from_json(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> Posterior:
     settings = dict(document["family"])
-    family: Family = FAMILIES[settings.pop("name")](**settings)
+    family: Family = STORED_FAMILIES[settings.pop("name")](**settings)
     certificate = document["certificate"]
     arrays = {name: torch.from_numpy(value) for name, value in params.items()}
     of_curvature = {name.removeprefix(CURVATURE): each for name, each in arrays.items() if name.startswith(CURVATURE)}
