@@ -105,7 +105,8 @@ class Anchored:
     Parameters
     ----------
     subsample_rows
-        Rows of the resident subsample, rounded to whole chunks; None for 20 000, or 200 for each coordinate if more.
+        Rows of the resident subsample, rounded to whole chunks; None for the largest of 20 000, 200 for each dense
+        coordinate, and 6 √(N D). Of those, curvatures are measured on 20 000, or 200 for each dense coordinate.
     num_draws
         K, draws of q at which expectations of the likelihood are taken, besides its mean; None for as many, from 4 to
         64, as keep K times coordinates times rows of the subsample within 2 million: small data have wide, skewed
@@ -255,6 +256,8 @@ class _Rounds:
             more = sampling.subsample(manifest, sampling.chunks_for(manifest, rows), self.seed)
             self.subsample = replace(self.subsample, curvature_rows=enough).extended(data, more.tolist())
         self.factor = manifest.num_chunks / len(self.subsample.batches)
+        if self.factor == 1:  # the fit is exact, and so are its curvatures
+            self.subsample = replace(self.subsample, curvature_rows=math.inf)
 
     def start(self) -> Gaussian:
         """Fit the subsample, and narrow the result to what all the data will say."""
