@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from dadvi.acceleration import Iterate
-from dadvi.bending import Bending, find_bending
 from dadvi.descent import descend
 from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
@@ -41,6 +40,7 @@ from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.probing import find_structure
 from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature, optimum, prior_draws, prior_hessian
 from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
+from dadvi.scales import find_scales
 from dadvi.sharding import Manifest, sampling
 from dadvi.structure import Arrowhead
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
@@ -75,6 +75,10 @@ all the data."""
 NARROW = 0.003
 """Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
 
+COARSE = 0.03
+"""Norm of the relative errors, over the effects of groups, of precisions averaged by rules of three points along a
+direction, above which there are five: errors of all groups together move the scale that they share."""
+
 TAYLOR_DRAWS = 32
 """Draws of q for a pass that measures Hessians too: beside these they cost little."""
 
@@ -87,6 +91,9 @@ ELBO_NOISE = 1e-7
 
 NEAR = 6.0
 """Length of a step, in posterior sds, up to which rounds are accelerated."""
+
+FARTHEST = 8.0
+"""Length of the first step, in posterior sds given the subsample alone: the posterior of all the data lies nearer."""
 
 MOST_REJECTED = 3
 """Steps rejected in a row after which the last resort takes over."""
@@ -221,8 +228,7 @@ class _Rounds:
         self.executor, self.family, self.tol, self.max_passes = executor, family, tol, max_passes
         self.seed, self._report = seed, report
         self.prior = executor.model.model
-        self.radius = math.inf  # posterior sds
-        self._bending = Bending()
+        self.radius = FARTHEST  # in posterior sds given the subsample alone
         self.history: list[Iterate] = []  # rounds since which no step was long or rejected
         self.visits = 0
         self.trace: list[TraceRow] = []
@@ -264,7 +270,7 @@ class _Rounds:
         warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
         warm = warm_start(self.subsample.part(warm_rows), self.structure, self.seed)
         alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
-        warm = self._solve(alone, warm, self._warm_noise, WARM_DISTANCE)
+        warm, seen_alone = self._solve(alone, warm, self._warm_noise, WARM_DISTANCE)
         warn_if_ordered(self.subsample, warm.loc)
         at = Rule.equal(warm.loc[None])
         work = HessianVector(at.nodes.numpy(), self.structure.tangents())
@@ -277,18 +283,34 @@ class _Rounds:
             noise = _precision_noise(parts, factor, curvature)
             self._curvature_from = "data" if noise > POORLY_SEEN else "subsample"
         if self._curvature_from == "data":
-            if self._num_draws is None and len(self.noise.likelihood.nodes) < TAYLOR_DRAWS:
-                rng = random_stream(self.seed, Purpose.DRAWS, 2)
-                self.noise = fixed_draws(TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim), 1, rng)
-            self._bending = find_bending(seen, factor, warm.loc, curvature)
-            self.radius = self._bending.radius
-        self._start_curvature, self._unit = curvature, curvature.stddev
+            self._scales = find_scales(self.subsample.for_curvature, self.structure, self.seed)
+        self._start_curvature, self._unit = curvature, seen_alone.curvature.stddev
         q = optimum(self.family, warm.loc, curvature)
-        return self._solve(alone, q, self.noise, self.tol) if self.factor == 1 else q
+        if self._curvature_from == "data":
+            self.noise = self._draws_for_expansion(q, seen, factor)
+        return self._solve(alone, q, self.noise, self.tol)[0] if self.factor == 1 else q
 
-    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> Gaussian:
-        seen = noise.expectations(self.prior, local, q)
-        return solve(self.prior, local, q, seen, noise, tol)[0]
+    def _draws_for_expansion(self, q: Gaussian, seen: Subsample, factor: float) -> Noise:
+        """Return the draws for passes that measure Hessians too, and whose local model has no other draws."""
+        num_draws, dim = self._num_draws or TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim)
+        if len(self.noise.likelihood.nodes) > num_draws:
+            return self.noise
+        coarse, fine = (
+            fixed_draws(num_draws, dim, 1, random_stream(self.seed, Purpose.DRAWS, 2), num_points)
+            for num_points in (3, 5)
+        )
+        nodes = q.transform(torch.cat([coarse.curvature.nodes, fine.curvature.nodes]))
+        weights = torch.cat([coarse.curvature.weights, -fine.curvature.weights])
+        work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
+        products = torch.from_numpy(seen.run(work).products)[:, self.structure.groups]
+        difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
+        coarse_is_fine = (
+            float((difference / self._start_curvature.precision_diagonal[self.structure.groups]).norm()) < COARSE
+        )
+        return coarse if coarse_is_fine else fine
+
+    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
+        return solve(self.prior, local, q, noise.expectations(self.prior, local, q), noise, tol)
 
     def visit(self, q: Gaussian, seen: Expectations | None = None, length: float = math.nan) -> _Visit:
         """Measure the local model at q by one pass over the data.
@@ -306,9 +328,7 @@ class _Rounds:
         check, label = self.visits == 1, f"round {self.visits}"
         local: LocalModel
         if self._curvature_from == "data":
-            local = Taylor.measured(
-                self.executor, q, self.noise, self._start_curvature, self._bending.places, check=check, label=label
-            )
+            local = Taylor.measured(self.executor, q, self.noise, self._scales, check=check, label=label)
             seen = None
         else:
             local = Surrogate.measured(
@@ -328,13 +348,19 @@ class _Rounds:
         What the local model lacks makes rounds converge linearly, in a hierarchy with scales that multiply effects;
         once they are near, acceleration takes its place.
         """
-        q, seen = solve(self.prior, here.local, here.q, here.seen, self.noise, self.tol, self.radius)
-        length, gain = distance(here.q, q, here.seen.curvature.stddev), seen.elbo - here.seen.elbo
-        if length > min(NEAR, self.radius / 2):  # the optimum is far, or the radius cut the way to it
+        unit = self._unit
+        # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
+        for radius in (math.inf, self.radius) if self.radius == FARTHEST else (self.radius,):
+            q, seen = solve(self.prior, here.local, here.q, here.seen, self.noise, self.tol, radius, unit)
+            if distance(here.q, q, unit) <= self.radius:
+                break
+        far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > self.radius / 2
+        gain = seen.elbo - here.seen.elbo
+        if far:  # the optimum is far, or the radius cut the way to it
             self.history.clear()
             return _Aim(q, seen, gain)
-        self.history.append(iterate(here.q, q, self._unit))
-        faster = accelerated_member(here.q, self.history, self._unit)
+        self.history.append(iterate(here.q, q, unit))
+        faster = accelerated_member(here.q, self.history, unit)
         return _Aim(q, seen, gain) if faster is None else _Aim(faster, None, gain)
 
     def step(self, here: _Visit, aim: _Aim) -> _Visit | None:
@@ -342,8 +368,8 @@ class _Rounds:
         for _ in range(MOST_REJECTED):
             if aim.q is here.q:
                 return None
-            length = distance(here.q, aim.q, here.seen.curvature.stddev)
-            there = self.visit(aim.q, aim.seen, length)
+            length = distance(here.q, aim.q, self._unit)
+            there = self.visit(aim.q, aim.seen, distance(here.q, aim.q, here.seen.curvature.stddev))
             # Where E_q[∇ log π] = 0, the ELBO at these draws is not quite the largest; coordinates add up at random.
             slack = NEGLIGIBLE_NATS * math.sqrt(self.prior.dim) + ELBO_NOISE * abs(here.seen.elbo)
             gain = self.noise.gain(here.seen, there.seen, there.q)
@@ -363,7 +389,7 @@ class _Rounds:
         if gain < 0.25 * predicted:
             self.radius = length / 2
         elif gain > 0.75 * predicted:
-            self.radius = min(max(self.radius, 2 * length), self._bending.radius)
+            self.radius = max(self.radius, 2 * length)
 
     def descend(self, here: _Visit) -> _Visit | None:
         """Move the mean by the last resort; None if it finds nothing better, or passes run out."""
@@ -380,7 +406,7 @@ class _Rounds:
         q = descend(self.executor, here.q, curvature, self.noise, SOLVED * self.tol, evaluations, record)
         if q is None:
             return None
-        self.radius = math.inf
+        self.radius = FARTHEST
         self.history.clear()
         return self.visit(q, length=distance(here.q, q, curvature.stddev))
 
@@ -439,7 +465,9 @@ def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curva
     return float((error / curvature.precision_diagonal).max())
 
 
-def fixed_draws(num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator) -> Noise:
+def fixed_draws(
+    num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator, num_points: int = 3
+) -> Noise:
     """Return the draws of a run.
 
     Parameters
@@ -450,6 +478,8 @@ def fixed_draws(num_draws: int | None, noise_dim: int, num_rows: int, rng: np.ra
         Length of a draw.
     num_rows
         Rows of the subsample.
+    num_points
+        Of each Gauss-Hermite rule.
 
     """
     affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * num_rows))
@@ -458,5 +488,5 @@ def fixed_draws(num_draws: int | None, noise_dim: int, num_rows: int, rng: np.ra
     if num_draws >= 2 * noise_dim:
         everywhere = orthogonal(num_draws, noise_dim, rng)
         return Noise(everywhere, everywhere, prior)
-    along = gauss_hermite(num_draws // 2, noise_dim, rng)
-    return Noise(along, along.first_pair, prior)
+    along = gauss_hermite(num_draws, noise_dim, rng, num_points)
+    return Noise(along, gauss_hermite(num_points - 1, noise_dim, rng, num_points), prior)

@@ -15,24 +15,28 @@ The prior and the log-det are exact in both.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dadvi.acceleration import Iterate, accelerated
-from dadvi.bending import Cubic, differences
+from dadvi.errors import ModelError
 from dadvi.executors import Executor
 from dadvi.families import Gaussian, MeanField
 from dadvi.model import Model
 from dadvi.passes import Expansion, Gradient, HessianVector
 from dadvi.quadratic import Certificate, Curvature, optimum, prior_hessian
 from dadvi.quadrature import Rule
+from dadvi.scales import Scales
 from dadvi.structure import Arrowhead, Structure
 from dadvi.subsample import Subsample
 
 SOLVED = 1 / 30
-"""The search goes on to this fraction of the tolerance: its next step, in posterior sds, and its change of the sds."""
+"""The search goes on to this fraction of the tolerance: its next step, in posterior sds, and the norm of the relative
+changes of the sds."""
 
 NEGLIGIBLE_NATS = 0.01
 """An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
@@ -107,13 +111,13 @@ class Surrogate:
 
 @dataclass(frozen=True, eq=False)
 class Taylor:
-    """The expansion about an anchor, to second order, and to third along the coordinates that bend it."""
+    """The expansion about an anchor, in w, which is η but where scales multiply effects."""
 
-    anchor: Tensor  # η₀ (D,)
+    anchor: Tensor  # η₀ (D,), and w₀
+    scales: Scales
     value: float
     grad: Tensor  # (D,)
     bend: Arrowhead  # ∇²ℓ
-    cubics: tuple[Cubic, ...]
 
     @classmethod
     def measured(
@@ -121,8 +125,7 @@ class Taylor:
         executor: Executor,
         q: Gaussian,
         noise: "Noise",
-        curvature: Curvature,
-        bending: Sequence[int],
+        scales: Scales,
         *,
         check: bool,
         label: str,
@@ -133,39 +136,45 @@ class Taylor:
 
         Parameters
         ----------
-        curvature
-            What is known of it, for its structure and for the steps of finite differences.
-        bending
-            Dense coordinates, by place, with third-order terms.
+        scales
+            Those that multiply effects, and the structure of the Hessian.
 
         """
-        structure, eta = curvature.structure, q.transform(noise.likelihood.nodes)
-        rules = [Rule(q.transform(noise.curvature.nodes), noise.curvature.weights)]
-        rules += differences(q.loc, curvature, bending)
-        hessians = tuple((rule.nodes.numpy(), rule.weights.numpy()) for rule in rules)
-        sums = executor.run(Expansion(Gradient(eta.numpy()), hessians, structure), check=check, label=label)
-        bend, *changes = (structure.arrowhead(products) for products in torch.from_numpy(sums.products))
-        cubics = tuple(Cubic(place, change) for place, change in zip(bending, changes, strict=True))
-        plain = cls(q.loc, 0.0, torch.zeros_like(q.loc), bend, cubics)
-        values, grads = plain.log_lik(eta)  # what the terms of higher order have for a mean is in the averages already
-        grad = noise.likelihood.mean(torch.from_numpy(sums.grad) - grads)
-        value = noise.likelihood.mean(torch.from_numpy(sums.log_lik) - values - (eta - q.loc) @ grad)
-        return replace(plain, value=float(value), grad=grad)
+        eta, around = q.transform(noise.likelihood.nodes), q.transform(noise.curvature.nodes)
+        gradient, hessian = Gradient(eta.numpy()), (around.numpy(), noise.curvature.weights.numpy())
+        sums = executor.run(Expansion(gradient, *hessian, scales.structure), check=check, label=label)
+        bend = scales.structure.arrowhead(torch.from_numpy(sums.products))
+        bend = scales.hessian_in_w(bend, Rule(around, noise.curvature.weights), q.loc)
+        plain = cls(q.loc, scales, 0.0, torch.zeros_like(q.loc), bend)
+        _, grads = plain.log_lik(eta)
+        left = noise.likelihood.mean(torch.from_numpy(sums.grad) - grads)
+        grad = scales.grad_in_w(left, Rule(eta, noise.likelihood.weights), q.loc)
+        linear = replace(plain, grad=grad)
+        value = noise.likelihood.mean(torch.from_numpy(sums.log_lik) - linear.log_lik(eta)[0])
+        return replace(linear, value=float(value))
 
     def log_lik(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood (K,) and its gradient (K, D) at η (K, D)."""
-        away = eta - self.anchor
-        bent = self.bend.times(away)
-        value, grad = self.value + away @ self.grad + 0.5 * (away * bent).sum(1), self.grad + bent
-        for cubic in self.cubics:
-            third, third_grad = cubic.value_and_grad(away)
-            value, grad = value + third, grad + third_grad
-        return value, grad
+        growth = self.scales.growth(eta, self.anchor)
+        w = growth * eta
+        value, grad = self._in_w(w)
+        return value, self.scales.grad(grad, w, growth)
 
     def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:
         """Return Σ_k w_k ∇²ℓ(η_k), for weights of sum 1."""
-        away = weights @ eta - self.anchor
-        return sum((cubic.hessian(away) for cubic in self.cubics), self.bend)
+        if not self.scales.places:  # the same everywhere
+            return self.bend
+        growth = self.scales.growth(eta, self.anchor)
+        w = growth * eta
+        _, grad = self._in_w(w)
+        parts = zip(grad, w, growth, weights, strict=True)
+        return reduce(add, (self.scales.hessian(self.bend, *each) * float(weight) for *each, weight in parts))
+
+    def _in_w(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-likelihood (K,) and its gradient (K, D) in w, at w (K, D)."""
+        away = w - self.anchor
+        bent = self.bend.times(away)
+        return self.value + away @ self.grad + 0.5 * (away * bent).sum(1), self.grad + bent
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,8 +262,9 @@ def solve(
     noise: Noise,
     tol: float,
     radius: float = math.inf,
+    unit: Tensor | None = None,
 ) -> tuple[Gaussian, Expectations]:
-    """Move q to the fixed point of a local model, to a fraction of `tol`, at most about `radius` posterior sds away.
+    """Move q to the fixed point of a local model, to a fraction of `tol`, at most about `radius` units away.
 
     E_q[∇ log π] = 0 and Σ⁻¹ = −E_q[∇² log π] (its diagonal for mean field), by natural-gradient steps with a line
     search on the ELBO: μ ← μ + t P⁻¹ E_q[∇ log π], Σ⁻¹ ← P (Khan & Rue 2023, "The Bayesian learning rule", section
@@ -264,6 +274,8 @@ def solve(
     ----------
     seen
         What q sees of the local model.
+    unit
+        Of each coordinate (D,); None for its posterior sd.
 
     Returns
     -------
@@ -272,14 +284,14 @@ def solve(
         rise.
 
     """
-    unit, origin, fresh = seen.curvature.stddev, q, True
+    unit, origin, fresh = seen.curvature.stddev if unit is None else unit, q, True
     history: list[Iterate] = []
     for _ in range(SEARCH_STEPS):
         if not seen.grad.isfinite().all():
             break
         target = seen.target(q)
         length = distance(q, target, seen.curvature.stddev)
-        change = float((target.stddev / q.stddev - 1).abs().max())
+        change = float((target.stddev / q.stddev - 1).norm())  # where scales multiply effects, those of all add up
         room = radius - distance(origin, q, unit)
         settled = max(length, change) < SOLVED * tol or room <= SOLVED * tol
         if settled and fresh:
@@ -299,9 +311,14 @@ def solve(
         if found is None:
             seen, fresh = noise.expectations(prior, local, q), True
             continue
-        q, look = found
-        fresh = not distance(q, look.target(q), look.curvature.stddev) < CONTRACTION * length
-        seen = noise.expectations(prior, local, q) if fresh else look
+        step, look = found
+        outgrown = not distance(step, look.target(step), look.curvature.stddev) < CONTRACTION * length
+        try:
+            seen = noise.expectations(prior, local, step) if outgrown else look
+        except ModelError:  # so far out that log π has no finite curvature
+            radius, history = distance(origin, step, unit) / 4, []
+            continue
+        q, fresh = step, outgrown
     return q, seen if fresh else noise.expectations(prior, local, q)
 
 

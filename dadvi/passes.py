@@ -111,29 +111,26 @@ class ExpansionSums(NamedTuple):
 
     log_lik: FloatArray  # (K,)
     grad: FloatArray  # (K, D)
-    products: FloatArray  # (H, G + C, D)
+    products: FloatArray  # (G + C, D)
 
 
 @dataclass(frozen=True)
 class Expansion(Pass[ExpansionSums]):
-    """What an expansion needs, in one read: `Gradient` at some points, and products of H weighted sums of Hessians.
+    """What an expansion needs, in one read: `Gradient` at some points, and products of a weighted sum of Hessians.
 
     Their tangents are those of the structure and are made here, so that the message grows with D alone.
     """
 
     name: ClassVar[str] = "expansion"
     gradient: Gradient
-    hessians: tuple[tuple[FloatArray, FloatArray], ...]  # points (K, D) unconstrained and weights (K,) of each
+    points: FloatArray  # of the Hessians (K, D) unconstrained
+    weights: FloatArray  # w (K,)
     structure: Structure
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> ExpansionSums:
         """Return the sums for one chunk."""
-        tangents = self.structure.tangents()
-        products = [
-            HessianVector(points, tangents, weights).on_chunk(model, batch).products
-            for points, weights in self.hessians
-        ]
-        return ExpansionSums(*self.gradient.on_chunk(model, batch), np.stack(products))
+        hessian = HessianVector(self.points, self.structure.tangents(), self.weights)
+        return ExpansionSums(*self.gradient.on_chunk(model, batch), hessian.on_chunk(model, batch).products)
 
 
 @dataclass(frozen=True)

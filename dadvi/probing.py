@@ -42,12 +42,12 @@ def find_structure(subsample: Subsample, seed: int) -> Structure | None:
     """
     space, dim = subsample.model.model.space, subsample.model.model.dim
     rng = random_stream(seed, Purpose.CURVATURE, 2)
-    candidates = sorted((_columns(site) for site in space.sites), key=lambda columns: -len(columns[0]))
+    candidates = sorted((columns(site) for site in space.sites), key=lambda each: -len(each[0]))
     taken: list[Tensor] = []
-    for columns in candidates:
-        as_many = not taken or len(columns[0]) == len(taken[0])
-        if len(columns[0]) >= FEWEST_GROUPS and as_many and _agree(subsample, [*taken, *columns], rng):
-            taken += columns
+    for candidate in candidates:
+        as_many = not taken or len(candidate[0]) == len(taken[0])
+        if len(candidate[0]) >= FEWEST_GROUPS and as_many and _agree(subsample, [*taken, *candidate], rng):
+            taken += candidate
     if not taken and dim > DENSE_LIMIT:
         return None
     structure = Structure.grouped(dim, taken, rng) if taken else Structure.full(dim)
@@ -65,7 +65,7 @@ def _coupled(model: Model, structure: Structure, rng: np.random.Generator) -> Te
     return (products != 0).any(1)
 
 
-def _columns(site: Site) -> list[Tensor]:
+def columns(site: Site) -> list[Tensor]:
     """Return a latent's coordinates by column, each (J,), its longest axis being that of the groups."""
     shape = site.unconstrained_shape or torch.Size([1])
     coordinates = torch.arange(site.offset, site.offset + site.size).reshape(shape)

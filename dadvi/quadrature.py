@@ -28,13 +28,6 @@ class Rule:
         mean: Tensor = torch.tensordot(self.weights, values, dims=1)
         return mean
 
-    @property
-    def first_pair(self) -> "Rule":
-        """The rule of the same kind with one pair, of a `gauss_hermite` rule."""
-        num_pairs = len(self.nodes) // 2
-        weights = torch.cat([self.weights[:1], self.weights[1:3] * num_pairs])
-        return Rule(self.nodes[[0, 1, 1 + num_pairs]], weights)
-
     @classmethod
     def equal(cls, nodes: Tensor) -> "Rule":
         """Return the rule whose nodes have the same weight."""
@@ -46,17 +39,27 @@ def orthogonal(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
     return Rule.equal(draw_noise("orthogonal", num_draws, dim, rng, fixed=True))
 
 
-def gauss_hermite(num_pairs: int, dim: int, rng: np.random.Generator) -> Rule:
-    """Return 0 and pairs ±√3·s with random signs s (dim,): the three-point Gauss–Hermite rule along each s.
+def gauss_hermite(num_draws: int, dim: int, rng: np.random.Generator, num_points: int = 3) -> Rule:
+    """Return the Gauss-Hermite rule of 3 or 5 points along each of some random signs s (dim,), with 0 in common.
 
-    Exact to degree 5 in any one coordinate, and so nearly exact where each row depends on one uncertain latent, such
-    as the effect of its group; products of different coordinates average out over the pairs.
+    Exact to degree 5 or 9 in any one coordinate, and so nearly exact where each row depends on one uncertain latent,
+    such as the effect of its group; products of different coordinates average out over the signs.
+
+    Parameters
+    ----------
+    num_draws
+        Nodes but 0, rounded down to a multiple of `num_points` − 1; at least that.
+
     """
-    signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=(num_pairs, dim)))
-    nodes = 3**0.5 * torch.cat([torch.zeros(1, dim, dtype=torch.float64), signs, -signs])
-    weights = torch.full((len(nodes),), 1 / (6 * num_pairs), dtype=torch.float64)
-    weights[0] = 2 / 3
-    return Rule(nodes, weights)
+    line, weights = np.polynomial.hermite_e.hermegauss(num_points)
+    out, of_out = (torch.from_numpy(each[num_points // 2 + 1 :]) for each in (line, weights / weights.sum()))
+    num_signs = max(1, num_draws // (2 * len(out)))
+    signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=(num_signs, dim)))
+    pairs = (out[:, None, None] * signs).flatten(0, 1)  # the signs of the first point, then of the next
+    nodes = torch.cat([torch.zeros(1, dim, dtype=torch.float64), pairs, -pairs])
+    of_pairs = (of_out / num_signs).repeat_interleave(num_signs)
+    center = torch.tensor([weights[num_points // 2] / weights.sum()])
+    return Rule(nodes, torch.cat([center, of_pairs, of_pairs]))
 
 
 def stratified(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:

@@ -55,7 +55,7 @@ class Response:
     def at(cls, executor: Executor, q: Gaussian, seed: int) -> "Response":
         """Return it at q, with the draws of that seed."""
         rng = random_stream(seed, Purpose.RESPONSE)
-        likelihood = gauss_hermite(PAIRS, q.dim, rng)
+        likelihood = gauss_hermite(2 * PAIRS, q.dim, rng)
         return cls(executor, q, likelihood, stratified(prior_draws(q.dim), q.dim, rng))
 
     def times(self, tangents: FloatArray) -> Tensor:

@@ -357,14 +357,14 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     target, data = written("linear_regression")
     real, calls = anchored.solve, []
 
-    def overshoot_once(prior, local, q, seen, noise, tol, radius=math.inf):
-        found = real(prior, local, q, seen, noise, tol, radius)
+    def overshoot_once(prior, local, q, seen, noise, tol, radius=math.inf, unit=None):
+        found = real(prior, local, q, seen, noise, tol, radius, unit)
         if isinstance(local, Surrogate) and not local.tilt.any():  # the warm start
             return found
-        calls.append((q, local, radius))
+        calls.append((q, local, radius, unit))
         if len(calls) > 1:
             return found
-        far = Gaussian(q.family, {**q.params, "loc": q.loc + 30 * (found[0].loc - q.loc)})
+        far = Gaussian(q.family, {**q.params, "loc": q.loc + 5 * (found[0].loc - q.loc)})
         return far, noise.expectations(prior, local, far)
 
     monkeypatch.setattr(anchored, "solve", overshoot_once)
@@ -379,8 +379,10 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     assert second[0] is first[0]
     assert second[1] is first[1]
     assert first[2] == math.inf
-    length = np.abs((visits[1][1].loc - first[0].loc).numpy() / sds).max()
-    assert second[2] == pytest.approx(length / 4, rel=0.2)  # sds by S's curvature, or by all the data's
+    length = ((visits[1][1].loc - first[0].loc) / first[3]).abs().max()
+    assert second[2] == pytest.approx(float(length) / 4)
+    seen = SEEN / len(target.fields["y"])  # units are the sds given the subsample alone, by its own curvature
+    assert first[3].numpy() == pytest.approx(sds / np.sqrt(seen), rel=0.4)
     assert posterior.status == "converged", posterior.reason
     assert_elbo_never_falls(posterior)
     mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
@@ -549,7 +551,8 @@ def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, na
     mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), dense.curvature.stddev.numpy())
     assert mean_error < 2 * TOL
     assert sd_error < 2 * TOL
-    np.testing.assert_allclose(posterior.curvature.stddev, dense.curvature.stddev, rtol=2 * TOL)
+    # An expansion in what a scale multiplies has other draws for the curvature of that scale.
+    np.testing.assert_allclose(posterior.curvature.stddev, dense.curvature.stddev, rtol=3 * TOL)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -586,8 +589,8 @@ def test_where_every_step_fails_descent_gets_there(written, monkeypatch, curvatu
     target, data = written("linear_regression")
     real = anchored.solve
 
-    def astray(prior, local, q, seen, noise, tol, radius=math.inf):
-        found = real(prior, local, q, seen, noise, tol, radius)
+    def astray(prior, local, q, seen, noise, tol, radius=math.inf, unit=None):
+        found = real(prior, local, q, seen, noise, tol, radius, unit)
         if isinstance(local, Surrogate) and not local.tilt.any():  # the warm start
             return found
         length = float(((found[0].loc - q.loc) / seen.curvature.stddev).abs().max())

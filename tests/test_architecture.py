@@ -29,7 +29,7 @@ ORDER = [
     "whitening",
     "subsample",
     "probing",
-    "bending",
+    "scales",
     "local",
     "response",
     "descent",

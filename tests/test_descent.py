@@ -30,8 +30,7 @@ def one_thread():
 
 def noise_of(dim, seed=0):
     rng = np.random.default_rng(seed)
-    along = gauss_hermite(4, dim, rng)
-    return Noise(along, along.first_pair, stratified(64, dim, rng))
+    return Noise(gauss_hermite(8, dim, rng), gauss_hermite(2, dim, rng), stratified(64, dim, rng))
 
 
 def logistic(write):
