@@ -299,6 +299,8 @@ class _Rounds:
             fixed_draws(num_draws, dim, 1, random_stream(self.seed, Purpose.DRAWS, 2), num_points)
             for num_points in (3, 5)
         )
+        if not self.structure.groups.numel():
+            return coarse
         nodes = q.transform(torch.cat([coarse.curvature.nodes, fine.curvature.nodes]))
         weights = torch.cat([coarse.curvature.weights, -fine.curvature.weights])
         work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
