@@ -283,7 +283,7 @@ class _Rounds:
             noise = _precision_noise(parts, factor, curvature)
             self._curvature_from = "data" if noise > POORLY_SEEN else "subsample"
         if self._curvature_from == "data":
-            self._scales = find_scales(self.subsample.for_curvature, self.structure, self.seed)
+            self._scales = find_scales(seen, self.structure, self.seed)
         self._start_curvature, self._unit = curvature, seen_alone.curvature.stddev
         q = optimum(self.family, warm.loc, curvature)
         if self._curvature_from == "data":
@@ -306,10 +306,8 @@ class _Rounds:
         work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
         products = torch.from_numpy(seen.run(work).products)[:, self.structure.groups]
         difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
-        coarse_is_fine = (
-            float((difference / self._start_curvature.precision_diagonal[self.structure.groups]).norm()) < COARSE
-        )
-        return coarse if coarse_is_fine else fine
+        error = difference / self._start_curvature.precision_diagonal[self.structure.groups]
+        return fine if float(error.norm()) > COARSE else coarse
 
     def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
         return solve(self.prior, local, q, noise.expectations(self.prior, local, q), noise, tol)
@@ -347,8 +345,8 @@ class _Rounds:
     def aim(self, here: _Visit) -> _Aim:
         """Return the local model's optimum, as far as the radius allows, or what is better.
 
-        What the local model lacks makes rounds converge linearly, in a hierarchy with scales that multiply effects;
-        once they are near, acceleration takes its place.
+        What the local model lacks makes rounds converge linearly, such as third-order terms in a hierarchy; once they
+        are near, acceleration takes its place.
         """
         unit = self._unit
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.

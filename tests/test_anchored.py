@@ -551,8 +551,10 @@ def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, na
     mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), dense.curvature.stddev.numpy())
     assert mean_error < 2 * TOL
     assert sd_error < 2 * TOL
-    # An expansion in what a scale multiplies has other draws for the curvature of that scale.
-    np.testing.assert_allclose(posterior.curvature.stddev, dense.curvature.stddev, rtol=3 * TOL)
+    bound = np.full(model.dim, 2 * TOL)
+    if name == "non-centred":  # where a scale is found the few draws of a Hessian are other ones for that scale alone
+        bound[posterior.names.index("tau")] = 3 * TOL
+    assert ((posterior.curvature.stddev / dense.curvature.stddev - 1).abs().numpy() < bound).all()
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -269,8 +269,8 @@ def test_elbo_of_a_quadratic_likelihood_is_exact_at_any_draws(write, family):
 # The search ------------------------------------------------------------------------------------------------------
 
 
-def search(prior, local, q, noise, tol, radius=math.inf):
-    return solve(prior, local, q, noise.expectations(prior, local, q), noise, tol, radius)
+def search(prior, local, q, noise, tol, radius=math.inf, unit=None):
+    return solve(prior, local, q, noise.expectations(prior, local, q), noise, tol, radius, unit)
 
 
 def start(target, seed=1):
@@ -315,8 +315,38 @@ def test_solve_goes_as_far_as_its_radius(write):
         there, _ = search(executor.model.model, whole(executor), q, random_noise(5), 0.1, radius)
         moved = np.abs((there.loc - q.loc).numpy() / sd).max()
         assert moved == pytest.approx(radius, rel=1e-6)  # all of it, where the curvature is the same everywhere
+    unit = torch.from_numpy(sd) * torch.tensor([1.0, 2.0, 4.0, 2.0, 0.5])
+    there, _ = search(executor.model.model, whole(executor), q, random_noise(5), 0.1, 3.0, unit)
+    assert float(((there.loc - q.loc) / unit).abs().max()) == pytest.approx(3.0, rel=1e-6)
     there, _ = search(executor.model.model, whole(executor), q, random_noise(5), 0.1)
     np.testing.assert_allclose((there.loc - q.loc).numpy() / sd, -10.0, atol=0.01)
+
+
+class _Edge:
+    """A local model without a finite Hessian beyond a distance from a point."""
+
+    def __init__(self, local, center, unit, farthest):
+        self.local, self.center, self.unit, self.farthest, self.refused = local, center, unit, farthest, 0
+
+    def log_lik(self, eta):
+        return self.local.log_lik(eta)
+
+    def hessian(self, eta, weights):
+        if float(((weights @ eta - self.center) / self.unit).abs().max()) > self.farthest:
+            self.refused += 1
+            return self.local.hessian(eta, weights) * math.nan
+        return self.local.hessian(eta, weights)
+
+
+def test_a_step_to_where_there_is_no_curvature_is_shortened(write):
+    executor = executor_of(logistic_model(1), write({"x": np.ones((40, 1)), "y": np.arange(40) % 2}, chunk_rows=10))
+    q = Gaussian(MeanField(), {"loc": torch.tensor([2.5]).double(), "log_scale": torch.tensor([-2.0]).double()})
+    unit, noise = torch.ones(1).double(), grid_noise(1)
+    local = _Edge(whole(executor), q.loc, unit, 1.0)
+    there, seen = search(executor.model.model, local, q, noise, 0.1)
+    assert local.refused
+    assert 0.1 < float((q.loc - there.loc).abs()) <= 1.0
+    assert seen.elbo > noise.expectations(executor.model.model, local, q).elbo
 
 
 class _Lying:
