@@ -1,6 +1,6 @@
 """Who runs a pass: this process, or the workers of a Dask cluster. Both give the same bits.
 
-An executor splits the chunks by shard, has each shard summed by `dadvi.passes.sum_shard`, and reduces the shards in
+An executor splits the chunks by shard, has each shard summed by `dadvi.summing.sum_shard`, and reduces the shards in
 shard order.
 """
 
@@ -21,10 +21,11 @@ from distributed.comm import CommClosedError, get_address_host_port
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
-from dadvi.passes import Pass, sum_shard, tree_sum
+from dadvi.passes import Pass, tree_sum
 from dadvi.sharding import ShardedDataset
 from dadvi.sharding.cache import CACHE_BYTES, ChunkCache
 from dadvi.sharding.placement import place
+from dadvi.summing import sum_shard
 from dadvi.types import FloatArray
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])

@@ -10,7 +10,7 @@ fastest of three ways that agrees with calling it once a draw:
 - ``"loop"``: once a draw.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,10 +49,12 @@ class BoundModel:
     def log_lik_rows(self, latents: Latents, batch: Batch) -> Tensor:
         """Return weighted ℓ_i at K draws of the constrained latents, (K, rows) in `dtype`."""
         used = {name: latents[name].to(self.dtype) for name in self.latents}
+        num_draws = len(next(iter(latents.values())))
         rows = self._cast(batch)
         with unvalidated():
-            if not used:  # a likelihood free of latents: the same for every draw
-                log_lik = self._log_lik_of_one({}, rows).expand(len(next(iter(latents.values()))), -1)
+            if not used or num_draws == 1:  # a likelihood free of latents is the same for every draw
+                only = self._log_lik_of_one({name: z[0] for name, z in used.items()}, rows)
+                log_lik = only.expand(num_draws, -1)
             elif self.strategy == "parameters":
                 log_lik = self._distribution_of_all(used, rows).log_prob(self._observed(rows)[:, None]).T
             else:
@@ -75,13 +77,11 @@ class BoundModel:
         """Refuse non-finite fields and negative weights, as `check_rows`."""
         for name in self.fields:
             if batch[name].is_floating_point():
-                finite = (
-                    torch.isfinite(batch[name]).flatten(1).all(1)
-                    if batch[name].dim() > 1
-                    else torch.isfinite(batch[name])
-                )
+                if batch[name].sum().isfinite():  # as no sum with a NaN or an infinity is, and quicker to tell
+                    continue
+                finite = torch.isfinite(batch[name])
                 _refuse(
-                    ~finite,
+                    ~(finite.flatten(1).all(1) if finite.dim() > 1 else finite),
                     batch[name],
                     first_row,
                     f"field {name!r} has {{count}} rows that are not finite",
@@ -315,7 +315,7 @@ def _check_finite_start(bound: BoundModel, batch: Batch, first_row: int) -> None
 
 def _check_additive(bound: BoundModel, batches: Sequence[Batch]) -> None:
     """Check that a row's log-likelihood does not depend on which rows stand beside it, in float64."""
-    rows = _concatenate(batches)
+    rows = concatenated(batches)
     num_rows = len(next(iter(rows.values())))
     if num_rows < 2:
         return
@@ -361,8 +361,8 @@ def _check_gradient(bound: BoundModel, batch: Batch) -> None:
             )
 
 
-def _concatenate(batches: Iterable[Batch]) -> dict[str, Tensor]:
-    batches = list(batches)
+def concatenated(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Return the rows of some batches as one."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

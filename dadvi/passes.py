@@ -1,4 +1,4 @@
-"""What a pass can sum over rows, and how one shard is summed.
+"""What a pass can sum over rows.
 
 A pass is a pure function of (model, batch, arguments). It is summed over a shard's chunks in order, by one thread on
 one worker, and over shards by a fixed tree, so that the result has the same bits wherever and in whatever order
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dadvi.errors import DataError, InputError, WorkError
+from dadvi.errors import InputError
 from dadvi.likelihood import BoundModel
-from dadvi.sharding import Manifest
-from dadvi.sharding.cache import ChunkCache
+from dadvi.stopwatch import Stopwatch
 from dadvi.structure import Structure
 from dadvi.types import Batch, FloatArray
 
@@ -30,6 +29,18 @@ Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 """What a pass yields: a NamedTuple of float64 arrays, summed elementwise."""
 
 
+class Summation(ABC, Generic[Sums]):
+    """The sums of a pass over the rows of the batches so far."""
+
+    @abstractmethod
+    def add(self, batch: Batch) -> None:
+        """Add the rows of a batch."""
+
+    @abstractmethod
+    def sums(self) -> Sums:
+        """Return the sums over all rows added."""
+
+
 class Pass(ABC, Generic[Sums]):
     """A quantity summed over rows; its arguments are the fields of a frozen dataclass."""
 
@@ -38,6 +49,30 @@ class Pass(ABC, Generic[Sums]):
     @abstractmethod
     def on_chunk(self, model: BoundModel, batch: Batch) -> Sums:
         """Return the sums over the rows of one chunk."""
+
+    def over(self, model: BoundModel, watch: Stopwatch) -> Summation[Sums]:
+        """Return a summation that has no rows yet, and counts its time by phase."""
+        return _ByChunk(self, model, watch)
+
+
+class _ByChunk(Summation[Sums]):
+    """A summation of what each batch gives by itself."""
+
+    def __init__(self, work: Pass[Sums], model: BoundModel, watch: Stopwatch) -> None:
+        self._work, self._model, self._watch = work, model, watch
+        self._total: Sums | None = None
+
+    def add(self, batch: Batch) -> None:
+        """Add the rows of a batch."""
+        part = self._work.on_chunk(self._model, batch)
+        self._total = part if self._total is None else add(self._total, part)
+        self._watch.lap("forward")
+
+    def sums(self) -> Sums:
+        """Return the sums over all rows added."""
+        if self._total is None:
+            raise InputError("no chunks to sum over")
+        return self._total
 
 
 class LogLikSums(NamedTuple):
@@ -75,10 +110,51 @@ class Gradient(Pass[GradientSums]):
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> GradientSums:
         """Return the log-likelihoods and gradients of one chunk."""
-        eta = torch.tensor(self.points, requires_grad=True)
-        log_lik = model.log_lik(eta, batch)
-        (grad,) = torch.autograd.grad(log_lik.sum(), eta, allow_unused=True, materialize_grads=True)
-        return GradientSums(log_lik.detach().numpy(), grad.numpy())
+        total = self.over(model, Stopwatch())
+        total.add(batch)
+        return total.sums()
+
+    def over(self, model: BoundModel, watch: Stopwatch) -> Summation[GradientSums]:
+        """Return a summation that has no rows yet."""
+        return _GradientSummation(self.points, model, watch)
+
+
+class _GradientSummation(Summation[GradientSums]):
+    """Gradients with respect to the constrained latents, which η is made to have once, when all rows are added."""
+
+    def __init__(self, points: FloatArray, model: BoundModel, watch: Stopwatch) -> None:
+        self._model, self._watch = model, watch
+        self._eta = torch.tensor(points, requires_grad=True)
+        self._latents, _ = model.model.space.constrain(self._eta)
+        self._leaves = {
+            name: z.detach().to(model.dtype).requires_grad_(name in model.latents) for name, z in self._latents.items()
+        }
+        self._wanted = [self._leaves[name] for name in model.latents]
+        self._log_lik = torch.zeros(len(points), dtype=torch.float64)
+        self._grads = [torch.zeros(leaf.shape, dtype=torch.float64) for leaf in self._wanted]
+
+    def add(self, batch: Batch) -> None:
+        """Add the rows of a batch."""
+        log_lik = self._model.log_lik_rows(self._leaves, batch)  # (K, rows)
+        self._log_lik += log_lik.detach().sum(1, dtype=torch.float64)
+        self._watch.lap("forward")
+        if log_lik.requires_grad:  # unlike one that is free of latents
+            each = torch.ones((), dtype=log_lik.dtype).expand_as(log_lik)
+            grads = torch.autograd.grad(log_lik, self._wanted, each, allow_unused=True, materialize_grads=True)
+            for total, grad in zip(self._grads, grads, strict=True):
+                total += grad
+        self._watch.lap("backward")
+
+    def sums(self) -> GradientSums:
+        """Return the log-likelihoods and gradients over all rows added."""
+        outputs = [self._latents[name] for name in self._model.latents]
+        (grad,) = torch.autograd.grad(
+            [*outputs, self._eta[:, :0]],
+            self._eta,
+            [*self._grads, torch.zeros(len(self._eta), 0, dtype=torch.float64)],
+        )
+        self._watch.lap("backward")
+        return GradientSums(self._log_lik.numpy(), grad.numpy())
 
 
 class HessianSums(NamedTuple):
@@ -129,8 +205,29 @@ class Expansion(Pass[ExpansionSums]):
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> ExpansionSums:
         """Return the sums for one chunk."""
+        total = self.over(model, Stopwatch())
+        total.add(batch)
+        return total.sums()
+
+    def over(self, model: BoundModel, watch: Stopwatch) -> Summation[ExpansionSums]:
+        """Return a summation that has no rows yet."""
         hessian = HessianVector(self.points, self.structure.tangents(), self.weights)
-        return ExpansionSums(*self.gradient.on_chunk(model, batch), hessian.on_chunk(model, batch).products)
+        return _ExpansionSummation(self.gradient.over(model, watch), hessian.over(model, watch))
+
+
+@dataclass(frozen=True, eq=False)
+class _ExpansionSummation(Summation[ExpansionSums]):
+    gradient: Summation[GradientSums]
+    hessian: Summation[HessianSums]
+
+    def add(self, batch: Batch) -> None:
+        """Add the rows of a batch."""
+        self.gradient.add(batch)
+        self.hessian.add(batch)
+
+    def sums(self) -> ExpansionSums:
+        """Return the sums over all rows added."""
+        return ExpansionSums(*self.gradient.sums(), *self.hessian.sums())
 
 
 @dataclass(frozen=True)
@@ -220,86 +317,6 @@ def tree_sum(parts: Sequence[Sums]) -> Sums:
     while len(level) > 1:
         level = [reduce(add, level[i : i + 2]) for i in range(0, len(level), 2)]
     return level[0]
-
-
-def sum_shard(
-    work: Pass[Sums], model: BoundModel, chunks: ChunkCache, members: Sequence[int], *, check: bool = False
-) -> Sums:
-    """Sum a pass over chunks of one shard, in the order of `members`.
-
-    Chunks with fewer rows than the model has coordinates are taken some at a time: gradients and the like have an
-    element for every coordinate, whatever the rows, and should not be made anew for a few of these.
-
-    Parameters
-    ----------
-    chunks
-        Where chunks are read.
-    members
-        Which chunks, all of one shard.
-    check
-        Check the rows as they are read: set when they are read for the first time.
-
-    Raises
-    ------
-    DataError
-        If a row is refused, or a chunk cannot be read; with shard and chunk.
-    WorkError
-        If the pass fails; with shard and chunk.
-
-    """
-    at_once = max(1, model.model.dim // chunks.data.manifest.chunk_rows)
-    total: Sums | None = None
-    with single_thread():
-        for first in range(0, len(members), at_once):
-            part = _sum_together(work, model, chunks, members[first : first + at_once], check=check)
-            total = part if total is None else add(total, part)
-    if total is None:
-        raise DataError(f"pass {work.name!r} was given no chunks")
-    return total
-
-
-def _sum_together(
-    work: Pass[Sums], model: BoundModel, chunks: ChunkCache, members: Sequence[int], *, check: bool
-) -> Sums:
-    """Return the sums over the rows of some chunks, as `sum_shard`."""
-    manifest = chunks.data.manifest
-    read: list[Batch] = []
-    shard, chunk = manifest.shard(members[0]), members[0]
-    where = f"shard {shard}, chunk {chunk}"
-    try:
-        for chunk in members:
-            where = f"shard {shard}, chunk {chunk}"
-            read.append(chunks.read(chunk, model.fields))
-            if check:
-                model.check_rows(read[-1], manifest.rows(chunk)[0])
-        if len(read) > 1:
-            where = f"shard {shard}, chunks {members[0]} to {chunk}"
-            batch: Batch = {name: torch.cat([each[name] for each in read]) for name in model.fields}
-        else:
-            batch = read[0]
-        return work.on_chunk(model, batch)
-    except InputError as error:
-        raise type(error)(str(error) if where in str(error) else f"{error} ({where})") from error
-    except OSError as error:  # may pass: the executor retries it
-        raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
-    except IndexError as error:
-        codes = {
-            name: f"{int(values.min())} to {int(values.max())}"
-            for name, values in ((name, torch.cat([each[name] for each in read])) for name in model.fields)
-            if not (values.is_floating_point() or values.dtype == torch.bool)
-        }
-        raise DataError(
-            f"{error} in {where} ({_rows(manifest, members)}): an integer field indexes beyond a latent. Their values "
-            f"there: {codes}; give the latent an element for every code, or mend the data"
-        ) from error
-    except Exception as error:
-        raise WorkError(
-            f"pass {work.name!r} failed on {where} ({_rows(manifest, members)}): {type(error).__name__}: {error}"
-        ) from error
-
-
-def _rows(manifest: Manifest, members: Sequence[int]) -> str:
-    return f"rows {manifest.rows(members[0])[0]} to {manifest.rows(members[-1])[1] - 1}"
 
 
 @contextmanager

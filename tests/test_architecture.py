@@ -12,6 +12,7 @@ PACKAGE = Path(dadvi.__file__).parent
 ORDER = [
     "errors",
     "types",
+    "stopwatch",
     "acceleration",
     "sharding",
     "supports",
@@ -21,6 +22,7 @@ ORDER = [
     "likelihood",
     "structure",
     "passes",
+    "summing",
     "executors",
     "families",
     "elbo",

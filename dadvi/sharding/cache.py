@@ -1,6 +1,7 @@
-"""Decoded chunks kept in memory, so that a data set which fits is read once."""
+"""Chunks kept in memory, so that a data set which fits is read once, and read ahead of their use."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
 from torch import Tensor
@@ -24,6 +25,7 @@ class ChunkCache:
         self._room = budget
         self._lock = Lock()
         self._kept: dict[tuple[int, tuple[str, ...]], dict[str, Tensor]] = {}
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def read(self, chunk: int, fields: Iterable[str]) -> dict[str, Tensor]:
         """Return the tensors of a chunk by field name, as `ShardedDataset.read` does and with its errors."""
@@ -37,3 +39,13 @@ class ChunkCache:
                 self._room -= size
                 self._kept[key] = batch
         return batch
+
+    def stream(self, chunks: Sequence[int], fields: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        """Yield the tensors of some chunks in turn, as `read`, while the next one is being read."""
+        names = tuple(fields)
+        coming: Future[dict[str, Tensor]] | None = None
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            batch = self.read(chunk, names) if coming is None else coming.result()
+            known = following is None or (following, names) in self._kept
+            coming = None if known or following is None else self._ahead.submit(self.read, following, names)
+            yield batch

@@ -22,6 +22,7 @@ from zarr.core.sync import sync
 from dadvi.errors import DataError, WorkError
 from dadvi.sharding.location import CompleteStore, Location, Options, is_shareable, open_store, resolve
 from dadvi.sharding.manifest import FORMAT, JSON, Field, Manifest, digest, storable
+from dadvi.sharding.mapped import MappedArray
 
 ATTRIBUTE = "dadvi"
 """The attribute of the group that holds the manifest."""
@@ -41,7 +42,9 @@ class ShardedDataset:
     """sha256 of the manifest and the metadata of the arrays: equal for equal metadata, wherever it lies."""
     storage_options: Options = field(default=None, repr=False)
     """What fsspec needs to reach a URL."""
-    _arrays: dict[str, "zarr.Array[Any]"] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _arrays: dict[str, "zarr.Array[Any] | MappedArray"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     """Arrays opened by this process so far."""
 
     @property
@@ -108,7 +111,10 @@ class ShardedDataset:
         place = f"field '{name}', shard {self.manifest.shard(chunk)}, chunk {chunk} (rows {start} to {stop - 1})"
         where = f"{place} of {self.location}"
         try:
-            values = np.asarray(self._array(name)[start:stop])
+            array = self._array(name)
+            values = (
+                array.read(chunk)[: stop - start] if isinstance(array, MappedArray) else np.asarray(array[start:stop])
+            )
         except FileNotFoundError as error:
             raise DataError(f"{where}: {error}; restore it or write the data set again") from error
         except OSError as error:
@@ -120,13 +126,15 @@ class ShardedDataset:
             raise DataError(f"{where} is damaged: {error} Restore it or write the data set again") from error
         return _tensor(values, where)
 
-    def _array(self, name: str) -> "zarr.Array[Any]":
+    def _array(self, name: str) -> "zarr.Array[Any] | MappedArray":
         if name not in self._arrays:
             store = open_store(self.location, self.storage_options, read_only=True)
             if self.manifest.made.get("foreign", False):
                 self._arrays[name] = zarr.open_array(store, path=name, mode="r")
             else:
-                self._arrays[name] = zarr.open_array(CompleteStore(store), path=name, mode="r", zarr_format=3)
+                array = zarr.open_array(CompleteStore(store), path=name, mode="r", zarr_format=3)
+                mapped = MappedArray.of(array, self.location / name) if isinstance(self.location, Path) else None
+                self._arrays[name] = mapped or array
         return self._arrays[name]
 
 
