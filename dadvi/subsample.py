@@ -5,10 +5,12 @@ right for the rows that S has. Its mean lies within about √(N / rows in S) pos
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from typing import TypeAlias
 
 import numpy as np
@@ -48,6 +50,17 @@ Objective: TypeAlias = Callable[[FloatArray], tuple[float, FloatArray]]
 
 FALSE_ALARM = 1e-4
 """Probability of a warning about data in random order."""
+
+
+WORTH_THREADS = 2**20
+"""Rows times coordinates of a subsample below which handing out its chunks to threads would cost more than it gains."""
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return threads for the chunks of a subsample, each with one torch thread: the bits must not depend on cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores, "subsample", initializer=torch.set_num_threads, initargs=(1,))
 
 
 @dataclass(frozen=True)
@@ -115,9 +128,15 @@ class Subsample:
         )
 
     def each(self, work: Pass[Sums]) -> list[Sums]:
-        """Return the sums of a pass over each chunk of S."""
-        with single_thread():
-            return [work.on_chunk(self.model, batch) for batch in self.batches.values()]
+        """Return the sums of a pass over each chunk of S, as many at a time as there are cores."""
+
+        def on_one(batch: Batch) -> Sums:
+            return work.on_chunk(self.model, batch)
+
+        if self.num_rows * self.model.model.dim < WORTH_THREADS:
+            with single_thread():
+                return [on_one(batch) for batch in self.batches.values()]
+        return list(_threads().map(on_one, self.batches.values()))
 
     def run(self, work: Pass[Sums]) -> Sums:
         """Return the sums of a pass over S."""
