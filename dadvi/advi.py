@@ -12,7 +12,7 @@ learning rate is in posterior sds a step.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 import numpy as np
@@ -170,6 +170,11 @@ class ADVI:
         """Return the passes at which a run ends at the latest."""
         steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks(manifest))
         return max(DEFAULT_PASSES, DEFAULT_STEPS / steps_per_epoch) if max_passes is None else max_passes
+
+    @property
+    def points_at_most(self) -> int:
+        """K, points of a pass at most."""
+        return self.num_draws + (self.control_variate == "anchor")
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
@@ -424,7 +429,9 @@ class _Search:
 
     def _row(self, phase: str, elbo: float, **figures: float) -> TraceRow:
         rows_read = self.executor.rows_read + self._other_rows
-        return TraceRow(phase, self.step, self.passes, rows_read, time.perf_counter() - self._started, elbo, **figures)
+        seconds = time.perf_counter() - self._started
+        profile = asdict(self.executor.profile)
+        return TraceRow(phase, self.step, self.passes, rows_read, seconds, elbo, **profile, **figures)
 
     def fitted(
         self,

@@ -9,7 +9,7 @@ rose; if not, the run goes back and takes a shorter one. Where steps fail, L-BFG
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -149,6 +149,11 @@ class Anchored:
     def passes_at_most(self, manifest: Manifest, max_passes: float | None) -> float:  # noqa: ARG002  as ADVI's
         """Return the passes at which a run ends at the latest."""
         return DEFAULT_PASSES if max_passes is None else max_passes
+
+    @property
+    def points_at_most(self) -> int:
+        """K, points of a pass at most."""
+        return self.num_draws or TAYLOR_DRAWS
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a JSON object."""
@@ -433,6 +438,7 @@ class _Rounds:
             rows_read=self.executor.rows_read + self.subsample.num_rows,
             seconds=time.perf_counter() - self._started,
             elbo=elbo,
+            **asdict(self.executor.profile),
             **figures,
         )
 

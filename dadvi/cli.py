@@ -112,7 +112,7 @@ def ingest(
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Do not shuffle.")] = False,
     missing: Annotated[Missing, typer.Option(help="Refuse rows with missing values, or drop them.")] = Missing.REFUSE,
     chunk_rows: Annotated[
-        int | None, typer.Option(help="Rows of a chunk, the unit of sampling. Default: 4 MiB, less on small data.")
+        int | None, typer.Option(help="Rows of a chunk, the unit of sampling. Default: 8 MiB, less on small data.")
     ] = None,
     shard_rows: Annotated[
         int | None, typer.Option(help="Rows of a shard, a multiple of a chunk's. Default: 128 MiB, less on small data.")

@@ -13,18 +13,21 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
 from distributed.comm import CommClosedError, get_address_host_port
+from distributed.system import MEMORY_LIMIT
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
+from dadvi.memory import Need
 from dadvi.passes import Pass, tree_sum
 from dadvi.sharding import ShardedDataset
-from dadvi.sharding.cache import CACHE_BYTES, ChunkCache
+from dadvi.sharding.cache import ChunkCache
 from dadvi.sharding.placement import place
+from dadvi.stopwatch import Phase, Profile, Stopwatch
 from dadvi.summing import sum_shard
 from dadvi.types import FloatArray
 
@@ -39,6 +42,15 @@ ClientLike: TypeAlias = Client | str | None
 PLACEMENT_SECONDS = 2.0
 """How often the executor looks for workers that joined or left."""
 
+LARGE_SUMS = 2**20
+"""Numbers that shards may send to the coordinator for one pass: beyond, workers add up eight shards' at a time."""
+
+LARGE_PASS = 2**13
+"""Numbers of a pass's arguments that travel with every task: larger ones travel once, to workers, and between them."""
+
+TOGETHER = 8
+"""Shards added up by one task: a power of two, so that the order is that of `tree_sum`."""
+
 IN_PROCESS_BYTES = 256 * 2**20
 """Data up to this size are fitted in the caller's process when no client is given."""
 
@@ -49,6 +61,7 @@ class Executor(Protocol):
     model: BoundModel
     data: ShardedDataset
     rows_read: int
+    profile: Profile
 
     def run(
         self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
@@ -71,11 +84,12 @@ class Executor(Protocol):
 
 
 class _Base:
-    """What executors share: the count of rows they had read, and closing."""
+    """What executors share: the count of rows they had read, where the time went, and closing."""
 
     def __init__(self, model: BoundModel, data: ShardedDataset) -> None:
         self.model, self.data = model, data
         self.rows_read = 0
+        self.profile = Profile()
 
     def _shards(self, chunks: Iterable[int] | None) -> list[ShardChunks]:
         """Return (shard, its chunks in order) in shard order, and count their rows."""
@@ -99,19 +113,27 @@ class _Base:
 class SerialExecutor(_Base):
     """Runs passes in this process, one shard after the other: the reference for every other executor."""
 
-    def __init__(self, model: BoundModel, data: ShardedDataset) -> None:
+    def __init__(self, model: BoundModel, data: ShardedDataset, need: Need | None = None) -> None:
         super().__init__(model, data)
-        self._cache = ChunkCache(data)
+        self._cache = ChunkCache(data, (need or Need()).room(MEMORY_LIMIT))
 
     def run(
         self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
     ) -> Sums:
         """Return the sums of a pass."""
+        watch = Stopwatch()
         try:
-            shards = self._shards(chunks)
-            return tree_sum([sum_shard(work, self.model, self._cache, members, check=check) for _, members in shards])
+            parts = [
+                sum_shard(work, self.model, self._cache, members, check=check, watch=watch)
+                for _, members in self._shards(chunks)
+            ]
         except (InputError, WorkError, OSError) as error:
             raise _labelled(error, label) from error
+        started = time.perf_counter()
+        total = tree_sum(parts)
+        reduce = time.perf_counter() - started
+        self.profile += Profile.of({"": watch.seconds}, sum(watch.seconds.values()), reduce)
+        return total
 
 
 class DaskExecutor(_Base):
@@ -127,6 +149,8 @@ class DaskExecutor(_Base):
         What `close` is to close with the executor: a client and cluster started for it.
     retries
         How often Dask runs a failed task again. Bad input is not tried again.
+    need
+        Memory of a worker.
 
     Raises
     ------
@@ -145,6 +169,7 @@ class DaskExecutor(_Base):
         owned: Sequence[Any] = (),
         retries: int = 3,
         wait_seconds: float = 30.0,
+        need: Need | None = None,
     ) -> None:
         super().__init__(model, data)
         self.client, self._owned, self._retries = client, owned, retries
@@ -157,9 +182,9 @@ class DaskExecutor(_Base):
         self._run = f"dadvi-{uuid.uuid4().hex[:8]}"
         self._calls = itertools.count()
         self._context: Future = (
-            client.submit(_Context, model, data, key=f"{self._run}-context")
+            client.submit(_Context, model, data, need or Need(), key=f"{self._run}-context")
             if data.shareable
-            else client.scatter(_Context(model, data), hash=False)  # as it is: a task's arguments would be pickled
+            else client.scatter(_Context(model, data, need or Need()), hash=False)  # as a task's argument it is pickled
         )
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
@@ -168,22 +193,28 @@ class DaskExecutor(_Base):
         self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
     ) -> Sums:
         """Return the sums of a pass."""
+        started = time.perf_counter()
+        key = f"{self._run}-{work.name}-{next(self._calls)}"
         tasks = self._tasks(self._shards(chunks))
-        call = next(self._calls)
+        what: Any = work
+        if work.size(self.model.model.dim) > LARGE_PASS and len(tasks) > 1:
+            what = self.client.submit(_as_it_is, work, key=f"{key}-pass")
         futures = [
             self.client.submit(
                 _run_task,
                 self._context,
-                work,
+                what,
                 task.shards,
                 check,
-                key=f"{self._run}-{work.name}-{call}-{number}",
+                key=f"{key}-{number}",
                 workers=[task.worker],
                 allow_other_workers=True,
                 retries=self._retries,
             )
             for number, task in enumerate(tasks)
         ]
+        if len(tasks) * work.size(self.model.model.dim) > LARGE_SUMS and all(len(task.shards) == 1 for task in tasks):
+            futures = self._reduced(futures, key)
         try:
             results = self.client.gather(futures)
         except KilledWorker as error:
@@ -198,11 +229,27 @@ class DaskExecutor(_Base):
                 f"the scheduler at {self.client.scheduler.address} was lost ({error}); start it and fit again"
             )
             raise _labelled(lost, label) from error
+        arrived = time.perf_counter()
         refused = next((result for result in results if isinstance(result, InputError)), None)
         if refused is not None:
             raise _labelled(refused, label) from refused
-        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result}
-        return tree_sum([parts[shard] for shard in sorted(parts)])
+        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result.parts}
+        total = tree_sum([parts[shard] for shard in sorted(parts)])
+        seconds = _by_worker([each for result in results for each in result.seconds])
+        self.profile += Profile.of(seconds, arrived - started, time.perf_counter() - arrived)
+        return total
+
+    def _reduced(self, futures: list[Future], key: str) -> list[Future]:
+        """Return futures of sums over eight shards each, eight times eight, and so on to one: by workers."""
+        level = 0
+        while len(futures) > 1:
+            level += 1
+            groups = [futures[first : first + TOGETHER] for first in range(0, len(futures), TOGETHER)]
+            futures = [
+                self.client.submit(_add_up, *group, key=f"{key}-level-{level}-{number}", retries=self._retries)
+                for number, group in enumerate(groups)
+            ]
+        return futures
 
     def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
         """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
@@ -255,33 +302,70 @@ class _Task:
 class _Context:
     """What every task of an executor shares on a worker."""
 
-    def __init__(self, model: BoundModel, data: ShardedDataset) -> None:
-        self.model, self.data = model, data
-        self.cache = ChunkCache(data, min(CACHE_BYTES, _worker_memory() // 4))
+    def __init__(self, model: BoundModel, data: ShardedDataset, need: Need) -> None:
+        self.model, self.data, self.need = model, data, need
+        self.cache = ChunkCache(data, need.room(_worker_memory()))
 
-    def __reduce__(self) -> tuple[type["_Context"], tuple[BoundModel, ShardedDataset]]:
-        return _Context, (self.model, self.data)  # the next worker fills a cache of its own
+    def __reduce__(self) -> tuple[type["_Context"], tuple[BoundModel, ShardedDataset, Need]]:
+        return _Context, (self.model, self.data, self.need)  # the next worker fills a cache of its own
+
+
+class _Result(NamedTuple, Generic[Sums]):
+    """What a task returns."""
+
+    parts: list[tuple[int, Sums]]  # the sums of each shard
+    seconds: list[tuple[str, dict[Phase, float]]]  # of each worker that had a part in it, by phase
 
 
 def _run_task(
     context: _Context, work: Pass[Sums], shards: Sequence[ShardChunks], check: bool
-) -> list[tuple[int, Sums]] | InputError:
+) -> _Result[Sums] | InputError:
     """Sum some shards on a worker, each by itself. Bad input comes back as a value: trying it again would not help."""
+    watch = Stopwatch()
     try:
-        return [
-            (shard, sum_shard(work, context.model, context.cache, members, check=check)) for shard, members in shards
+        parts = [
+            (shard, sum_shard(work, context.model, context.cache, members, check=check, watch=watch))
+            for shard, members in shards
         ]
     except InputError as error:
         return error
+    return _Result(parts, [(get_worker().address, watch.seconds)])
+
+
+def _as_it_is(work: Pass[Sums]) -> Pass[Sums]:
+    """Return a pass: as the result of a task it reaches each worker once, and is made again where it is lost."""
+    return work
+
+
+def _add_up(*results: _Result[Sums] | InputError) -> _Result[Sums] | InputError:
+    """Return the sum of some results that follow one another, each of one part, or the first refusal among them."""
+    found: list[_Result[Sums]] = []
+    for result in results:
+        if isinstance(result, InputError):
+            return result
+        found.append(result)
+    first = found[0].parts[0][0]
+    seconds = [each for result in found for each in result.seconds]
+    return _Result([(first, tree_sum([result.parts[0][1] for result in found]))], seconds)
+
+
+def _by_worker(seconds: Iterable[tuple[str, dict[Phase, float]]]) -> dict[str, dict[Phase, float]]:
+    """Return the seconds of each worker by phase, over all its tasks."""
+    totals: dict[str, dict[Phase, float]] = {}
+    for worker, phases in seconds:
+        total = totals.setdefault(worker, {})
+        for phase, value in phases.items():
+            total[phase] = total.get(phase, 0.0) + value
+    return totals
 
 
 def _worker_memory() -> int:
-    """Return the memory limit of the Dask worker that runs this, in bytes; without one, the largest integer."""
+    """Return the memory limit of the Dask worker that runs this, in bytes; without one, the machine's memory."""
     try:
         limit = get_worker().memory_manager.memory_limit
     except ValueError:  # not on a worker
         limit = None
-    return int(limit or sys.maxsize)
+    return int(limit or MEMORY_LIMIT)
 
 
 def _labelled(error: Exception, label: str) -> Exception:
@@ -332,7 +416,11 @@ def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
 
 
 def make_executor(
-    model: BoundModel, data: ShardedDataset, client: ClientLike = None, num_workers: int | None = None
+    model: BoundModel,
+    data: ShardedDataset,
+    client: ClientLike = None,
+    num_workers: int | None = None,
+    need: Need | None = None,
 ) -> SerialExecutor | DaskExecutor:
     """Return who runs the passes.
 
@@ -343,27 +431,22 @@ def make_executor(
         otherwise local worker processes.
     num_workers
         With None for `client`: start that many local workers, whatever the size of the data.
+    need
+        Memory of a worker.
 
     """
     if num_workers is not None and (client is not None or num_workers < 1):
         what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
         raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
     if client == "serial":
-        return SerialExecutor(model, data)
+        return SerialExecutor(model, data, need)
     if isinstance(client, Client):
-        return DaskExecutor(model, data, client)
-    if client is not None:
-        connected = connect(client)
-        return _closing_on_error(model, data, connected, [connected])
-    if num_workers is None and (data.manifest.num_bytes <= IN_PROCESS_BYTES or not data.shareable):
-        return SerialExecutor(model, data)
-    started, cluster = start_local(num_workers)
-    return _closing_on_error(model, data, started, [started, cluster])
-
-
-def _closing_on_error(model: BoundModel, data: ShardedDataset, client: Client, owned: Sequence[Any]) -> DaskExecutor:
+        return DaskExecutor(model, data, client, need=need)
+    if client is None and num_workers is None and (data.manifest.num_bytes <= IN_PROCESS_BYTES or not data.shareable):
+        return SerialExecutor(model, data, need)
+    owned: list[Any] = list(start_local(num_workers)) if client is None else [connect(client)]
     try:
-        return DaskExecutor(model, data, client, owned)
+        return DaskExecutor(model, data, owned[0], owned, need=need)
     except BaseException:
         for resource in owned:
             resource.close()

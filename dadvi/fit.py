@@ -15,12 +15,13 @@ from dadvi.errors import InputError, ModelError
 from dadvi.executors import ClientLike, make_executor, versions
 from dadvi.families import Family, MeanField, check_known, make_family
 from dadvi.likelihood import CHECK_ROWS, BoundModel, bind_to, end_chunks
+from dadvi.memory import Budget, Need
 from dadvi.model import Model
 from dadvi.passes import Gradient
 from dadvi.posterior import Coords, Posterior, TraceRow
 from dadvi.probing import find_structure
 from dadvi.progress import make_reporter
-from dadvi.quadratic import DENSE_LIMIT
+from dadvi.quadratic import DENSE_LIMIT, tangents_at_most
 from dadvi.sharding import ShardedDataset
 from dadvi.subsample import Subsample
 from dadvi.types import whole_number
@@ -40,6 +41,7 @@ def fit(
     tol: float = 0.1,
     max_passes: float | None = None,
     seed: int = 0,
+    memory_budget: Budget = None,
     run_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -70,6 +72,10 @@ def fit(
         one, and the certificate after it, are always made.
     seed
         The result is a function of (model, data, settings, seed).
+    memory_budget
+        What a worker may hold, in bytes or as a text such as "1.5 GiB", besides some 350 MiB for Python and its
+        libraries: the chunks in hand, what a pass makes of them, and chunks kept for the next pass. None for a quarter
+        of a worker's memory.
     run_dir
         Directory to write the posterior, trace and settings to, when the fit has ended.
     overwrite
@@ -106,8 +112,9 @@ def fit(
         check_known(chosen)
         directory = RunDirectory(run_dir, overwrite=overwrite)
     settings.check(chosen)
+    need = Need.of(bound, data.manifest, settings.points_at_most, tangents_at_most(model), memory_budget)
     with (
-        make_executor(bound, data, client, num_workers) as executor,
+        make_executor(bound, data, client, num_workers, need) as executor,
         make_reporter(progress, settings.passes_at_most(data.manifest, max_passes), callbacks) as report,
     ):
         result = settings.fit(executor, chosen, tol=tol, max_passes=max_passes, seed=seed, report=report)

@@ -39,6 +39,7 @@ class BoundModel:
     latents: tuple[str, ...]  # latents among the likelihood's arguments
     dtype: torch.dtype  # of the arithmetic on rows
     strategy: Strategy = "loop"
+    saved_bytes: float = 64.0  # by a differentiation of one row's log-likelihood at one draw, as measured
 
     def log_lik(self, eta: Tensor, batch: Batch) -> Tensor:
         """Return Σ_i ℓ_i(η_k) over the batch's rows, (K,) float64, differentiable in η (K, D)."""
@@ -218,7 +219,8 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
         _check_finite_start(bound, batch, first_row)
     _check_additive(bound, [batch for _, batch in chunks])
     _check_gradient(bound, chunks[0][1])
-    return replace(bound, strategy=_fastest_strategy(bound, chunks[0][1]))
+    bound = replace(bound, strategy=_fastest_strategy(bound, chunks[0][1]))
+    return replace(bound, saved_bytes=_saved_bytes(bound, chunks[0][1]))
 
 
 def _resolve_names(model: Model, fields: Mapping[str, torch.dtype]) -> BoundModel:
@@ -382,6 +384,30 @@ def _fastest_strategy(bound: BoundModel, batch: Batch) -> Strategy:
         ):
             return strategy
     return "loop"
+
+
+def _saved_bytes(bound: BoundModel, batch: Batch) -> float:
+    """Return the bytes that a differentiation saves on its way forward, for each further row and draw."""
+    eta = _start_and_nearby(bound.model).requires_grad_()
+    num_rows = len(next(iter(batch.values())))
+
+    def saved_by(rows: Batch) -> int:
+        cast = bound._cast(rows)
+        saved: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            value = bound.log_lik(eta, cast)  # held, so that no storage is freed and another put in its place
+        fields = {each.untyped_storage().data_ptr() for each in (*rows.values(), *cast.values())}
+        del value
+        return sum(size for storage, size in saved.items() if storage not in fields)
+
+    half = {name: values[: num_rows // 2] for name, values in batch.items()}
+    more = saved_by(batch) - (saved_by(half) if num_rows > 1 else 0)
+    return max(1.0, more / (len(eta) * (num_rows - num_rows // 2)))
 
 
 def _value_and_grad(function: Callable[[Tensor, Batch], Tensor], eta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

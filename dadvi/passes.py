@@ -22,8 +22,8 @@ from dadvi.stopwatch import Stopwatch
 from dadvi.structure import Structure
 from dadvi.types import Batch, FloatArray
 
-MOST_TANGENTS, NUMBERS_AT_ONCE = 32, 2**22
-"""Tangents of a Hessian taken at once, and numbers that they may need in a step: the two bound its memory."""
+MOST_TANGENTS, BYTES_AT_ONCE = 32, 2**25
+"""Tangents of a Hessian taken at once, and bytes that a differentiation may save for them: both bound its memory."""
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 """What a pass yields: a NamedTuple of float64 arrays, summed elementwise."""
@@ -45,6 +45,10 @@ class Pass(ABC, Generic[Sums]):
     """A quantity summed over rows; its arguments are the fields of a frozen dataclass."""
 
     name: ClassVar[str]
+
+    @abstractmethod
+    def size(self, dim: int) -> int:
+        """Return how many numbers its sums have, for D coordinates."""
 
     @abstractmethod
     def on_chunk(self, model: BoundModel, batch: Batch) -> Sums:
@@ -88,6 +92,10 @@ class LogLik(Pass[LogLikSums]):
     name: ClassVar[str] = "log_lik"
     points: FloatArray  # (K, D) unconstrained
 
+    def size(self, dim: int) -> int:  # noqa: ARG002
+        """Return how many numbers its sums have."""
+        return len(self.points)
+
     def on_chunk(self, model: BoundModel, batch: Batch) -> LogLikSums:
         """Return the log-likelihoods of one chunk."""
         with torch.no_grad():
@@ -107,6 +115,10 @@ class Gradient(Pass[GradientSums]):
 
     name: ClassVar[str] = "gradient"
     points: FloatArray  # (K, D) unconstrained
+
+    def size(self, dim: int) -> int:
+        """Return how many numbers its sums have."""
+        return len(self.points) * (1 + dim)
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> GradientSums:
         """Return the log-likelihoods and gradients of one chunk."""
@@ -172,6 +184,10 @@ class HessianVector(Pass[HessianSums]):
     tangents: FloatArray  # (T, D)
     weights: FloatArray | None = None  # w (K,); None for the mean over the points
 
+    def size(self, dim: int) -> int:
+        """Return how many numbers its sums have."""
+        return len(self.tangents) * dim
+
     def on_chunk(self, model: BoundModel, batch: Batch) -> HessianSums:
         """Return the products of one chunk."""
         (num_points, dim), rows = self.points.shape, len(next(iter(batch.values())))
@@ -182,7 +198,7 @@ class HessianVector(Pass[HessianSums]):
         else:
             eta = torch.tensor(self.points, requires_grad=True)
             log_lik = torch.from_numpy(weights) @ model.log_lik(eta, batch)
-            products = hessian_products(log_lik, eta, tangents, num_points * rows)
+            products = hessian_products(log_lik, eta, tangents, model.saved_bytes * num_points * rows)
         return HessianSums(products.numpy())
 
 
@@ -192,9 +208,8 @@ def _products_side_by_side(model: BoundModel, batch: Batch, point: Tensor, tange
     Products of predictors and tangents are then products of matrices. `hessian_products` would batch them as so many
     products with a vector, which take several times as long.
     """
-    at_once = min(MOST_TANGENTS, max(1, NUMBERS_AT_ONCE // len(next(iter(batch.values())))))
     products = []
-    for part in tangents.split(at_once):
+    for part in tangents.split(tangents_at_once(model.saved_bytes * len(next(iter(batch.values()))))):
         eta = point.repeat(len(part), 1).requires_grad_()
         (grad,) = torch.autograd.grad(model.log_lik(eta, batch).sum(), eta, create_graph=True)
         products.append(torch.autograd.grad(grad, eta, part)[0] if grad.requires_grad else torch.zeros_like(part))
@@ -221,6 +236,10 @@ class Expansion(Pass[ExpansionSums]):
     points: FloatArray  # of the Hessians (K, D) unconstrained
     weights: FloatArray  # w (K,)
     structure: Structure
+
+    def size(self, dim: int) -> int:
+        """Return how many numbers its sums have."""
+        return self.gradient.size(dim) + self.structure.num_tangents * dim
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> ExpansionSums:
         """Return the sums for one chunk."""
@@ -259,16 +278,25 @@ class MeanFieldHessian(Pass[HessianSums]):
     weights: FloatArray  # w (K,)
     tangents: FloatArray  # (T, 2D)
 
+    def size(self, dim: int) -> int:
+        """Return how many numbers its sums have."""
+        return len(self.tangents) * 2 * dim
+
     def on_chunk(self, model: BoundModel, batch: Batch) -> HessianSums:
         """Return the products (T, 2D) of one chunk."""
         theta, noise, weights = (torch.from_numpy(each) for each in (self.theta, self.noise, self.weights))
-        work = len(noise) * len(next(iter(batch.values())))
+        work = model.saved_bytes * len(noise) * len(next(iter(batch.values())))
         products = expected_hessian(lambda eta: model.log_lik(eta, batch), theta, noise, weights, self.tangents, work)
         return HessianSums(products.numpy())
 
 
 def expected_hessian(
-    function: Callable[[Tensor], Tensor], theta: Tensor, noise: Tensor, weights: Tensor, tangents: FloatArray, work: int
+    function: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    noise: Tensor,
+    weights: Tensor,
+    tangents: FloatArray,
+    work: float,
 ) -> Tensor:
     """Return products (T, 2D) of ∇²_θ Σ_k w_k f(μ + exp(ω) ⊙ ε_k), θ = (μ, ω), with tangents (T, 2D).
 
@@ -277,10 +305,10 @@ def expected_hessian(
     point = theta[None].clone().requires_grad_()
     loc, log_scale = point[0].split(noise.shape[1])
     value = weights @ function(loc + log_scale.exp() * noise)
-    return hessian_products(value, point, torch.from_numpy(tangents), max(work, noise.numel()))
+    return hessian_products(value, point, torch.from_numpy(tangents), max(work, 8 * noise.numel()))
 
 
-def hessian_products(value: Tensor, eta: Tensor, tangents: Tensor, work: int) -> Tensor:
+def hessian_products(value: Tensor, eta: Tensor, tangents: Tensor, work: float) -> Tensor:
     """Return Σ_k ∇²f_k(η_k) v_t (T, D) for a scalar Σ_k f_k(η_k).
 
     Parameters
@@ -292,7 +320,7 @@ def hessian_products(value: Tensor, eta: Tensor, tangents: Tensor, work: int) ->
     tangents
         v (T, D): the same at every point.
     work
-        Numbers that one tangent needs in a step of the computation; bounds how many are taken at once.
+        Bytes that the computation saves for a differentiation; bounds how many tangents are taken at once.
 
     """
     nothing = torch.zeros(tangents.shape, dtype=eta.dtype)
@@ -301,15 +329,19 @@ def hessian_products(value: Tensor, eta: Tensor, tangents: Tensor, work: int) ->
     (grad,) = torch.autograd.grad(value, eta, create_graph=True, allow_unused=True, materialize_grads=True)
     if not grad.requires_grad:  # linear in η
         return nothing
-    at_once = max(1, min(MOST_TANGENTS, NUMBERS_AT_ONCE // max(work, eta.numel())))
     products = []
-    for part in tangents.split(at_once):
+    for part in tangents.split(tangents_at_once(max(work, 8 * eta.numel()))):
         outputs = part[:, None].expand(-1, *eta.shape)  # (t, K, D)
         (product,) = torch.autograd.grad(
             grad, eta, outputs, is_grads_batched=True, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         products.append(product.sum(1))
     return torch.cat(products)
+
+
+def tangents_at_once(saved_bytes: float) -> int:
+    """Return how many tangents to take at once where the computation saves so many bytes for a differentiation."""
+    return max(1, min(MOST_TANGENTS, int(BYTES_AT_ONCE / max(saved_bytes, 1.0))))
 
 
 def add(a: Sums, b: Sums) -> Sums:

@@ -61,6 +61,13 @@ class TraceRow:
     mcse: float = math.nan  # largest Monte Carlo standard error of their average, in posterior sds
     certificate: float = math.nan  # largest predicted distance to the optimum, in posterior sds
     length: float = math.nan  # of the step that led here, its largest coordinate in posterior sds
+    read: float = 0.0  # seconds of passes so far, as `Profile`: those of workers as a mean over workers
+    check: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    wait: float = 0.0
+    transfer: float = 0.0
+    reduce: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -227,7 +227,7 @@ def prior_products(model: Model, at: Rule, tangents: FloatArray) -> Tensor:
 
     """
     eta = at.nodes.detach().requires_grad_()
-    return hessian_products(at.weights @ model.log_prior(eta), eta, torch.from_numpy(tangents), eta.numel())
+    return hessian_products(at.weights @ model.log_prior(eta), eta, torch.from_numpy(tangents), 8 * eta.numel())
 
 
 def prior_hessian(model: Model, at: Rule, structure: Structure) -> Arrowhead:
@@ -309,6 +309,14 @@ class Certificate:
     def within(self, tol: float) -> bool:
         """Tell whether means are within `tol` posterior sds, and sds, where that is known, within a fraction `tol`."""
         return self.max <= tol and not self.sd_error > tol
+
+
+def tangents_at_most(model: Model) -> int:
+    """Return how many tangents tell a Hessian, as far as the shapes of the latents show.
+
+    Where coordinates are too many for any two to curve together, the largest latent is taken to be effects of groups.
+    """
+    return model.dim if model.dim <= DENSE_LIMIT else model.dim - max(site.size for site in model.space.sites) + 1
 
 
 def certify(

@@ -51,7 +51,7 @@ def sum_shard(
 
     """
     watch = watch or Stopwatch()
-    at_once = max(1, model.model.dim // chunks.data.manifest.chunk_rows)
+    at_once = chunks_at_once(model, chunks.data.manifest)
     groups = [members[first : first + at_once] for first in range(0, len(members), at_once)]
     batches = chunks.stream(members, model.fields)
     with single_thread():
@@ -68,6 +68,11 @@ def sum_shard(
                 total.add(read[0] if len(read) == 1 else concatenated(read))
         with _told_where(work, chunks.data.manifest, members):
             return total.sums()
+
+
+def chunks_at_once(model: BoundModel, manifest: Manifest) -> int:
+    """Return how many chunks are summed together."""
+    return max(1, model.model.dim // manifest.chunk_rows)
 
 
 @contextmanager
@@ -97,5 +102,3 @@ def _told_where(work: Pass[Sums], manifest: Manifest, members: Sequence[int]) ->
             f"{error} in {where}: an integer field indexes beyond a latent. Their values there: {codes}; give the "
             "latent an element for every code, or mend the data"
         ) from error
-
-

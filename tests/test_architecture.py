@@ -23,6 +23,7 @@ ORDER = [
     "structure",
     "passes",
     "summing",
+    "memory",
     "executors",
     "families",
     "elbo",

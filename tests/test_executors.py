@@ -142,6 +142,9 @@ def test_failures_that_stay_are_named_with_label_shard_and_chunk(make, bound, da
 class BrokenPass(Pass):
     name = "broken"
 
+    def size(self, dim):  # noqa: ARG002
+        return 1
+
     def on_chunk(self, model, batch):  # noqa: ARG002
         return 1 // (len(batch["y"]) - CHUNK + (batch["x"][0, 0] != fields()["x"][130, 0]).item())
 

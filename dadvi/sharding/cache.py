@@ -8,9 +8,6 @@ from torch import Tensor
 
 from dadvi.sharding.reader import ShardedDataset
 
-CACHE_BYTES = 512 * 2**20
-"""Decoded chunks that one process keeps, unless told otherwise."""
-
 
 class ChunkCache:
     """Reads chunks of a data set and keeps those that it read first, up to a budget of bytes.
@@ -20,7 +17,7 @@ class ChunkCache:
     A tensor it returns is shared with later readers and must not be changed in place.
     """
 
-    def __init__(self, data: ShardedDataset, budget: int = CACHE_BYTES) -> None:
+    def __init__(self, data: ShardedDataset, budget: int) -> None:
         self.data = data
         self._room = budget
         self._lock = Lock()

@@ -64,7 +64,7 @@ def ingest(
         What to do with rows that have a null or NaN in a column wanted: "refuse" the data, or "drop" the rows. In CSV,
         cells such as NA or an empty one are null.
     chunk_rows, shard_rows, chunk_bytes, shard_bytes
-        Sizes, see `Layout`; by default 4 MiB a chunk and 128 MiB a shard, less on small data.
+        Sizes, see `Layout`; by default 8 MiB a chunk and 128 MiB a shard, less on small data.
     compression
         "zstd", or None.
     memory_bytes

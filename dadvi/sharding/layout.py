@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dadvi.errors import DataError
 
 MIB = 2**20
-CHUNK_BYTES = 4 * MIB
+CHUNK_BYTES = 8 * MIB
 SHARD_BYTES = 128 * MIB
 MIN_CHUNKS = 128
 """Chunks below which smaller chunks are chosen, so that sampling by chunks stays fine-grained on small data ..."""
@@ -35,7 +35,7 @@ class Layout:
     shard_rows: int | None = None
     """Rows of a shard, a multiple of `chunk_rows`; rules over `shard_bytes`."""
     chunk_bytes: int | None = None
-    """Bytes of a chunk summed over all fields; by default 4 MiB, or less on small data."""
+    """Bytes of a chunk summed over all fields; by default 8 MiB, or less on small data."""
     shard_bytes: int | None = None
     """Bytes of a shard summed over all fields; by default 128 MiB, or less on small data."""
 
@@ -54,7 +54,7 @@ class Layout:
     def rows(self, num_rows: int, row_bytes: int) -> tuple[int, int]:
         """Return (chunk_rows, shard_rows) for data of `num_rows` rows of `row_bytes` bytes each.
 
-        By default a chunk has 4 MiB, or 1/128 of the rows if that is less, but not below 1024 rows; a shard has 128
+        By default a chunk has 8 MiB, or 1/128 of the rows if that is less, but not below 1024 rows; a shard has 128
         MiB, or 1/8 of the chunks if that is less, but at least one chunk.
         """
         chunk_rows = self.chunk_rows or self._chunk_rows(num_rows, max(row_bytes, 1))

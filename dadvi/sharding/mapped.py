@@ -23,6 +23,7 @@ CHECKSUM = np.dtype("<u4")
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that was not written."""
 
+
 @dataclass(frozen=True, eq=False)
 class MappedArray:
     """One array of a data set, with each chunk in one piece."""

@@ -53,7 +53,7 @@ def write_shards(
     categories
         By field name, what the integer codes 0, 1, ... of that field stand for; every code is checked.
     chunk_rows, shard_rows, chunk_bytes, shard_bytes
-        Sizes, see `Layout`; by default 4 MiB a chunk and 128 MiB a shard, less on small data.
+        Sizes, see `Layout`; by default 8 MiB a chunk and 128 MiB a shard, less on small data.
     compression
         "zstd", or None.
     memory_bytes

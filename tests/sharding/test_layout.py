@@ -20,7 +20,7 @@ def test_defaults_keep_their_promises(num_rows, row_bytes):
 def test_large_data_get_full_chunks_and_shards():
     chunk_rows, shard_rows = Layout().rows(10**9, 400)
     assert chunk_rows == CHUNK_BYTES // 400
-    assert shard_rows == 32 * chunk_rows
+    assert shard_rows == 16 * chunk_rows
 
 
 def test_settings_rule():
@@ -33,7 +33,7 @@ def test_chunk_rows_divide_shard_rows_given_alone():
     chunk_rows, shard_rows = Layout(shard_rows=5000).rows(10**6, 4000)
     assert shard_rows == 5000
     assert 5000 % chunk_rows == 0
-    assert 524 <= chunk_rows <= 1048
+    assert 1048 <= chunk_rows <= 2097
 
 
 @pytest.mark.parametrize(
@@ -51,5 +51,5 @@ def test_impossible_settings_are_refused(settings, message):
 
 
 def test_prime_shard_rows_need_chunk_rows():
-    with pytest.raises(DataError, match="no divisor near 1048"):
+    with pytest.raises(DataError, match="no divisor near 2097"):
         Layout(shard_rows=104_729).rows(10**6, 4000)
