@@ -45,7 +45,7 @@ def parse_budget(budget: Budget) -> int | None:
     if budget is None:
         return None
     try:
-        number = -1 if isinstance(budget, bool) else parse_bytes(budget)
+        number = -1 if isinstance(budget, bool) or budget == "" else parse_bytes(budget)
     except (ValueError, TypeError, AttributeError):
         number = -1
     if number < 1:

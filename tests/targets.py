@@ -14,7 +14,7 @@ under a Gaussian is known in closed form, and so is its maximum. `tests/test_tar
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,10 @@ from scipy import special, stats
 from torch.distributions import Gamma, InverseGamma, Normal, Poisson
 
 import dadvi
+from dadvi.stopwatch import Profile
+
+TIMES = {"seconds", *(each.name for each in fields(Profile))}
+"""Columns of a trace that no two runs have alike."""
 
 
 class Optimum(NamedTuple):

@@ -16,6 +16,7 @@ from torch.distributions import Bernoulli, HalfNormal, Normal
 from zarr.storage import MemoryStore
 
 import dadvi
+from dadvi import executors
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.executors import DaskExecutor, SerialExecutor, check_workers, connect, make_executor, versions
 from dadvi.fit import bind_to
@@ -154,6 +155,41 @@ def test_a_pass_that_fails_is_named_with_label_shard_and_chunk(make, bound, data
         executor.run(BrokenPass(), [12, 13], label="certificate")
     for part in ("certificate", "'broken'", "shard 4, chunk 13", "rows 130 to 139", "ZeroDivisionError"):
         assert part in str(caught.value)
+
+
+def test_sums_added_up_by_workers_have_the_same_bits(thread_client, bound, data, reference, monkeypatch):
+    monkeypatch.setattr(executors, "LARGE_SUMS", 0)
+    monkeypatch.setattr(executors, "LARGE_PASS", 0)
+    monkeypatch.setattr(executors, "TOGETHER", 2)
+    gathered = []
+    gather = type(thread_client).gather
+    monkeypatch.setattr(type(thread_client), "gather", lambda *args: gathered.append(len(args[1])) or gather(*args))
+    with DaskExecutor(bound, data, thread_client) as executor:
+        assert_same_bits(executor.run(works()[0]), reference[0][0])
+        assert gathered == [1]
+
+
+def test_bad_input_among_sums_added_up_by_workers_is_refused(thread_client, bound, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "LARGE_SUMS", 0)
+    scripted = ScriptedDataset(data, tmp_path / "script", {13: ["refuse"]})
+    with (
+        DaskExecutor(bound, scripted, thread_client) as executor,
+        pytest.raises(DataError, match="bad rows in chunk 13"),
+    ):
+        executor.run(works()[0])
+
+
+def test_the_time_of_passes_is_told(make, bound, data):
+    with make(bound, data) as executor:
+        started = time.perf_counter()
+        executor.run(works()[0], check=True)
+        first = executor.profile
+        executor.run(works()[0])
+        elapsed = time.perf_counter() - started
+    assert min(first.read, first.check, first.forward, first.backward) > 0
+    assert executor.profile.check == first.check
+    assert executor.profile.forward > first.forward
+    assert sum(vars(executor.profile).values()) <= elapsed
 
 
 def test_data_in_memory(make):
