@@ -61,7 +61,7 @@ def test_a_pass_stays_within_what_is_modelled(tmp_path, columns, width, num_poin
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    chunks = 3 * 4_000 * (4 * columns + 1)  # being read, being summed, cast: as they are mapped, torch does not see them
+    chunks = 3 * 4_000 * (4 * columns + 1)  # read, summed, cast: mapped, torch does not see them
     modelled = working_bytes(bound, data.manifest, num_points, 0)
     assert peak <= modelled <= chunks + 20 * peak
 
