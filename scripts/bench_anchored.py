@@ -36,6 +36,7 @@ from dadvi.likelihood import BoundModel
 from dadvi.passes import Pass
 from dadvi.posterior import Fitted, TraceRow
 from dadvi.sharding import ShardedDataset
+from dadvi.stopwatch import Profile
 
 WORKERS, TOL, MOST_PASSES = 2, 0.1, 25.0
 
@@ -67,6 +68,11 @@ class Recording:
     def rows_read(self) -> int:
         """Rows read so far."""
         return self._executor.rows_read
+
+    @property
+    def profile(self) -> Profile:
+        """Where the time of passes went."""
+        return self._executor.profile
 
     def run(self, work: Pass[Any], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = "") -> Any:
         """Return the sums of a pass."""
