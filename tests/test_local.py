@@ -16,7 +16,7 @@ from dadvi.elbo import draw_noise
 from dadvi.executors import SerialExecutor
 from dadvi.families import FullRank, Gaussian, LowRank, MeanField
 from dadvi.fit import bind_to
-from dadvi.local import NEGLIGIBLE_NATS, Expectations, Noise, Surrogate, Taylor, solve
+from dadvi.local import NEGLIGIBLE_NATS, SOLVED, Expectations, Noise, Surrogate, Taylor, solve
 from dadvi.passes import Expansion, Gradient, HessianVector, single_thread
 from dadvi.quadratic import Curvature, optimum
 from dadvi.quadrature import Rule, orthogonal
@@ -320,6 +320,23 @@ def test_solve_goes_as_far_as_its_radius(write):
     assert float(((there.loc - q.loc) / unit).abs().max()) == pytest.approx(3.0, rel=1e-6)
     there, _ = search(executor.model.model, whole(executor), q, random_noise(5), 0.1)
     np.testing.assert_allclose((there.loc - q.loc).numpy() / sd, -10.0, atol=0.01)
+
+
+def test_sds_that_are_all_a_little_off_are_mended_together(write):
+    """Where a scale multiplies effects, the errors of all their sds add up in it: their norm counts."""
+    dim, rows, tol = 400, 20, 0.1
+    model = dadvi.Model(
+        prior={"m": Normal(torch.zeros(dim), 1.0)},
+        likelihood=lambda m, x: torch.distributions.Independent(Normal(m + 0 * x, 1.0), 1),
+        observed="x",
+    )
+    x = normal(rows, dim).numpy()
+    executor = executor_of(model, write({"x": x}, chunk_rows=10))
+    sd = torch.full((dim,), (rows + 1) ** -0.5).double()
+    each = 0.9 * SOLVED * tol  # of every sd: by itself within what the search leaves
+    q = Gaussian(MeanField(), {"loc": torch.from_numpy(x.sum(0) / (rows + 1)), "log_scale": (sd * (1 + each)).log()})
+    found, _ = search(model, whole(executor), q, random_noise(dim), tol)
+    np.testing.assert_allclose(found.stddev, sd, rtol=SOLVED * tol / dim**0.5)
 
 
 class _Edge:
