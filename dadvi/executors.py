@@ -15,6 +15,7 @@ from itertools import groupby
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
+import dask
 import torch
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
 from distributed.comm import CommClosedError, get_address_host_port
@@ -198,7 +199,8 @@ class DaskExecutor(_Base):
         tasks = self._tasks(self._shards(chunks))
         what: Any = work
         if work.size(self.model.model.dim) > LARGE_PASS and len(tasks) > 1:
-            what = self.client.submit(_as_it_is, work, key=f"{key}-pass")
+            with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):  # it is meant to be
+                what = self.client.submit(_as_it_is, work, key=f"{key}-pass")
         futures = [
             self.client.submit(
                 _run_task,

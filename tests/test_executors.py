@@ -169,6 +169,18 @@ def test_sums_added_up_by_workers_have_the_same_bits(thread_client, bound, data,
         assert gathered == [1]
 
 
+def test_points_of_many_coordinates_are_sent_without_a_warning(thread_client, tmp_path):
+    """Dask warns of tasks with 10 MB of arguments, and warnings are errors here."""
+    many = dadvi.Model(
+        prior={"b": Normal(torch.zeros(700_000), 1.0)}, likelihood=lambda b, g: Normal(b[g], 1.0), observed="x"
+    )
+    few = {"g": np.arange(20) % 3, "x": np.zeros(20)}
+    data = write_shards(tmp_path / "few", few, chunk_rows=5, shard_rows=10)
+    with DaskExecutor(bind_to(many, data), data, thread_client) as executor:
+        sums = executor.run(Gradient(np.zeros((2, 700_000))))
+    np.testing.assert_array_equal(sums.grad, 0)
+
+
 def test_bad_input_among_sums_added_up_by_workers_is_refused(thread_client, bound, data, tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "LARGE_SUMS", 0)
     scripted = ScriptedDataset(data, tmp_path / "script", {13: ["refuse"]})
