@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
@@ -182,11 +183,12 @@ class DaskExecutor(_Base):
             )
         self._run = f"dadvi-{uuid.uuid4().hex[:8]}"
         self._calls = itertools.count()
-        self._context: Future = (
-            client.submit(_Context, model, data, need or Need(), key=f"{self._run}-context")
-            if data.shareable
-            else client.scatter(_Context(model, data, need or Need()), hash=False)  # as a task's argument it is pickled
-        )
+        if data.shareable:
+            with _large_on_purpose():
+                arguments = (model, data, need or Need())
+                self._context: Future = client.submit(_Context, *arguments, key=f"{self._run}-context")
+        else:  # as it is: a task's arguments would be pickled
+            self._context = client.scatter(_Context(model, data, need or Need()), hash=False)
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
 
@@ -199,7 +201,7 @@ class DaskExecutor(_Base):
         tasks = self._tasks(self._shards(chunks))
         what: Any = work
         if work.size(self.model.model.dim) > LARGE_PASS and len(tasks) > 1:
-            with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):  # it is meant to be
+            with _large_on_purpose():
                 what = self.client.submit(_as_it_is, work, key=f"{key}-pass")
         futures = [
             self.client.submit(
@@ -368,6 +370,14 @@ def _worker_memory() -> int:
     except ValueError:  # not on a worker
         limit = None
     return int(limit or MEMORY_LIMIT)
+
+
+def _large_on_purpose() -> AbstractContextManager[Any]:
+    """Keep Dask from warning of large arguments: what is sent once to all workers may be large."""
+    setting: AbstractContextManager[Any] = dask.config.set(
+        {"distributed.admin.large-graph-warning-threshold": sys.maxsize}
+    )
+    return setting
 
 
 def _labelled(error: Exception, label: str) -> Exception:
