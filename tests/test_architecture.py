@@ -35,6 +35,8 @@ ORDER = [
     "descent",
     "optim",
     "posterior",
+    "records",
+    "fingerprint",
     "checkpoint",
     "control",
     "advi",
