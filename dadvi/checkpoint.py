@@ -130,6 +130,7 @@ class RunDirectory:
         self._overwrite = overwrite
         self._saved_at = time.monotonic()
         self._lock: int | None = None
+        self._entered = False
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> Self:
@@ -175,7 +176,7 @@ class RunDirectory:
             raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another directory") from error
         for leftover in self.path.glob(f".*{PARTIAL}"):  # of a process that was killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self._saved_at = time.monotonic()
+        self._saved_at, self._entered = time.monotonic(), True
         return self
 
     def __exit__(
@@ -200,6 +201,12 @@ class RunDirectory:
             self._aside = None
 
     # What is in it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run here that has not ended."""
+        ended = (self.path / POSTERIOR).exists() and not (self.path / CHECKPOINT).exists()
+        return (self.path / SETTINGS).exists() and not ended and self._entered
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import torch
-from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
+from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError, get_address_host_port
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
@@ -126,6 +127,8 @@ class DaskExecutor(_Base):
         What `close` is to close with the executor: a client and cluster started for it.
     retries
         How often Dask runs a failed task again. Bad input is not tried again.
+    wait_seconds
+        How long a pass waits for a worker when there is none.
 
     Raises
     ------
@@ -146,7 +149,8 @@ class DaskExecutor(_Base):
         wait_seconds: float = 30.0,
     ) -> None:
         super().__init__(model, data)
-        self.client, self._owned, self._retries = client, owned, retries
+        self.client, self._owned, self._retries, self._wait_seconds = client, owned, retries, wait_seconds
+        self._address = client.scheduler.address
         check_workers(client, wait_seconds)
         if not data.shareable and not _in_this_process(client):
             raise DataError(
@@ -167,9 +171,30 @@ class DaskExecutor(_Base):
         self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
     ) -> Sums:
         """Return the sums of a pass."""
-        tasks = self._tasks(self._shards(chunks))
+        try:
+            results = self._gather(self._submit(work, self._shards(chunks), check))
+        except KilledWorker as error:
+            raise _labelled(
+                WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
+                label,
+            ) from error
+        except (CancelledError, CommClosedError, ClosedClientError) as error:
+            lost = WorkError(
+                f"the scheduler at {self._address} was lost ({error or type(error).__name__}); start it, and resume "
+                "the run or fit again"
+            )
+            raise _labelled(lost, label) from error
+        except (InputError, WorkError, OSError) as error:
+            raise _labelled(error, label) from error
+        refused = next((result for result in results if isinstance(result, InputError)), None)
+        if refused is not None:
+            raise _labelled(refused, label) from refused
+        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result}
+        return tree_sum([parts[shard] for shard in sorted(parts)])
+
+    def _submit(self, work: Pass[Sums], shards: list[ShardChunks], check: bool) -> list[Future]:
         call = next(self._calls)
-        futures = [
+        return [
             self.client.submit(
                 _run_task,
                 self._context,
@@ -181,27 +206,40 @@ class DaskExecutor(_Base):
                 allow_other_workers=True,
                 retries=self._retries,
             )
-            for number, task in enumerate(tasks)
+            for number, task in enumerate(self._tasks(shards))
         ]
-        try:
-            results = self.client.gather(futures)
-        except KilledWorker as error:
-            raise _labelled(
-                WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
-                label,
-            ) from error
-        except (InputError, WorkError, OSError) as error:
-            raise _labelled(error, label) from error
-        except (CancelledError, CommClosedError) as error:
-            lost = WorkError(
-                f"the scheduler at {self.client.scheduler.address} was lost ({error}); start it and fit again"
-            )
-            raise _labelled(lost, label) from error
-        refused = next((result for result in results if isinstance(result, InputError)), None)
-        if refused is not None:
-            raise _labelled(refused, label) from refused
-        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result}
-        return tree_sum([parts[shard] for shard in sorted(parts)])
+
+    def _gather(self, futures: list[Future]) -> list[Any]:
+        """Return the results. Without any worker tasks would wait for ever, so that has an end.
+
+        Raises
+        ------
+        WorkError
+            If there was no worker for `wait_seconds`.
+
+        """
+        last_seen = time.monotonic()
+        while True:
+            try:
+                with self.client.as_current():  # which `wait` asks for
+                    wait(futures, timeout=min(PLACEMENT_SECONDS, self._wait_seconds))
+            except TimeoutError:
+                now = time.monotonic()
+                if self._workers():
+                    last_seen = now
+                elif now >= last_seen + self._wait_seconds:
+                    self.client.cancel(futures)
+                    raise WorkError(
+                        f"the scheduler at {self._address} has had no workers for {now - last_seen:.0f} s; start some, "
+                        "and resume the run or fit again"
+                    ) from None
+            else:
+                return list(self.client.gather(futures))
+
+    def _workers(self) -> list[str]:
+        """Return the addresses of the workers."""
+        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
+        return sorted(self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"])
 
     def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
         """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
@@ -228,9 +266,7 @@ class DaskExecutor(_Base):
         now = time.monotonic()
         if now < self._placed_at + PLACEMENT_SECONDS:
             return
-        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
-        identity = self.client.sync(self.client.scheduler.identity, n_workers=-1)
-        workers = sorted(identity["workers"])
+        workers = self._workers()
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
         self._placed_at = now

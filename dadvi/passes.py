@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dadvi.errors import DataError, InputError, WorkError
+from dadvi.errors import DataError, InputError, ModelError, WorkError
 from dadvi.likelihood import BoundModel
 from dadvi.sharding import Manifest
 from dadvi.sharding.cache import ChunkCache
@@ -243,8 +243,10 @@ def sum_shard(
     ------
     DataError
         If a row is refused, or a chunk cannot be read; with shard and chunk.
+    ModelError
+        If the likelihood fails on some rows; with shard and chunk.
     WorkError
-        If the pass fails; with shard and chunk.
+        If memory runs out, or a store cannot be read at the moment; with shard and chunk.
 
     """
     at_once = max(1, model.model.dim // chunks.data.manifest.chunk_rows)
@@ -293,7 +295,9 @@ def _sum_together(
             f"there: {codes}; give the latent an element for every code, or mend the data"
         ) from error
     except Exception as error:
-        raise WorkError(
+        # What the likelihood raises on these rows it will raise again; memory, or a store, may come back.
+        kind = WorkError if isinstance(error, WorkError | MemoryError) else ModelError
+        raise kind(
             f"pass {work.name!r} failed on {where} ({_rows(manifest, members)}): {type(error).__name__}: {error}"
         ) from error
 

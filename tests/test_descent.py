@@ -214,9 +214,9 @@ def test_it_stops_where_the_curvature_says_that_it_is_near(write):
     curvature = bad_curvature(executor, Gaussian(MeanField(), {**q.params, "loc": mean}), noise, 1.0)
     lengths = []
     for distance in (1.0, 1e-2, 1e-5):
-        values = []
-        found = descend(executor, q, curvature, noise, distance, 200, lambda seen: values.append(seen.value))
-        lengths.append(len(values))
+        evaluations = []
+        found = descend(executor, q, curvature, noise, distance, 200, evaluations.append)
+        lengths.append(len(evaluations))
         grad = expected_log_joint(executor, found, noise)[1]
         predicted = float((curvature.solve(grad) / curvature.stddev).abs().max())
         assert predicted <= distance
