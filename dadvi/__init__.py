@@ -6,7 +6,7 @@ from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
 from dadvi.errors import ClusterError, DadviError, DataError, InputError, ModelError, WorkError
 from dadvi.families import FullRank, LowRank, MeanField
-from dadvi.fit import fit, full_gradient
+from dadvi.fit import fit, full_gradient, resume
 from dadvi.model import Model
 from dadvi.optim import DoWG, PolynomialAveraging, ProximalEntropy, TailAveraging
 from dadvi.posterior import Posterior, load_posterior
@@ -43,5 +43,6 @@ __all__ = [
     "load_posterior",
     "open_shards",
     "ordered",
+    "resume",
     "write_shards",
 ]

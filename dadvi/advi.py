@@ -12,18 +12,20 @@ learning rate is in posterior sds a step.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dadvi.control import Anchor, Control, ControlVariate
+from dadvi.checkpoint import Checkpoint, Journal, NoJournal
+from dadvi.control import Anchor, Control, ControlVariate, Mixing
 from dadvi.elbo import Design, Entropy, Estimate, draw_noise, log_joint
 from dadvi.errors import InputError
 from dadvi.executors import Executor
-from dadvi.families import Family, MeanField, Params
+from dadvi.families import Family, Gaussian, MeanField, Params
+from dadvi.fingerprint import ADDRESS, fingerprint
 from dadvi.optim import (
     Averaging,
     OptimizerFactory,
@@ -37,8 +39,9 @@ from dadvi.passes import Gradient, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.probing import find_structure
 from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature, certify, curvature_chunks, measure_curvature
+from dadvi.records import pack, record_classes, unpack
 from dadvi.sharding import Manifest, sampling
-from dadvi.structure import Structure
+from dadvi.structure import Arrowhead, Root, Structure
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import FloatArray, IntArray, Purpose, random_stream
 from dadvi.whitening import Whitening
@@ -180,7 +183,7 @@ class ADVI:
         """Return the settings as a JSON object."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {
-            name: value if isinstance(value, str | int | float | None) else repr(value)
+            name: value if isinstance(value, str | int | float | None) else _described(value)
             for name, value in values.items()
         }
 
@@ -194,43 +197,36 @@ class ADVI:
         max_passes: float | None,
         seed: int,
         report: Callable[[TraceRow], None],
+        journal: Journal | None = None,
     ) -> Fitted:
-        """Fit the family on the executor's data.
+        """Fit the family on the executor's data, from the journal's last checkpoint if it has one.
 
         Ends "converged" when the certificate is within `tol`, "stopped" at `max_passes`, "diverged" when steps are no
         longer finite or the ELBO falls far below its best. A certificate costs a pass: it is asked for once the
         average has settled, again each time the run has grown by half, and at the end.
         """
-        search = _Search(self, executor, family, max_passes, seed, report)
-        certified_at = 0
-        while True:
-            search.run_stretch()
-            if search.trouble:
-                return search.fitted("diverged", f"{search.trouble}; the result is the average before that")
-            settling = settled(np.stack(search.history), tol / 3, self.rhat_max)
-            search.record("epochs", search.elbo, rhat=settling.rhat, mcse=settling.mcse)
-            if search.exhausted or (settling.settled and len(search.history) >= 1.5 * certified_at):
-                certified_at = len(search.history)
-                certificate, elbo, curvature = certify(executor, search.q, seed, search.structure)
-                search.record("certificate", elbo, certificate=certificate.max if certificate else math.nan)
-                if certificate is not None and certificate.within(tol):
-                    return search.fitted(
-                        "converged", f"the certificate is within tol={tol:g}", elbo, certificate, curvature
-                    )
-                if certificate is None and settling.settled:
-                    reason = (
-                        f"the average settled; with {search.q.dim} coordinates, over {DENSE_LIMIT} and without "
-                        "structure, no certificate"
-                    )
-                    return search.fitted("stopped", reason, elbo)
-                if search.exhausted:
-                    how = "after its average had settled" if settling.settled else "before its average settled"
-                    reason = f"max_passes={search.max_passes:g} reached, {how}"
-                    return search.fitted("stopped", reason, elbo, certificate, curvature)
-            search.move_anchor(tol)
+        search = _Search(self, executor, family, max_passes, seed, report, journal or NoJournal())
+        try:
+            while True:
+                search.run_stretch()
+                fitted = search.judge(tol)
+                if fitted is not None:
+                    return fitted
+                search.move_anchor(tol)
+        except BaseException as error:
+            # Whatever stops a run, a reader's keyboard or a cluster that is gone, it can go on from here; bad rows,
+            # which the first epoch checks for, leave nothing behind.
+            if not (isinstance(error, InputError) and search.state.epoch == 0):
+                search.keep()
+            raise
 
 
-@dataclass(eq=False)
+def _described(value: object) -> dict[str, str]:
+    """Return an object among the settings as JSON: by its name, and a digest of what it is."""
+    return {"object": ADDRESS.sub("", repr(value)), "digest": fingerprint(value)}
+
+
+@dataclass(frozen=True, eq=False)
 class _Stretch:
     """Running means over the steps of some whole epochs."""
 
@@ -239,21 +235,70 @@ class _Stretch:
     iterate: FloatArray | float = 0.0  # (2D,): v and log scale
     square: FloatArray | float = 0.0  # (D,): v²
     steps: int = 0
+    epochs: int = 0  # that have ended
 
-    def add(self, weight: int, elbo: float, iterate: FloatArray) -> None:
-        self.steps += 1
-        self.weight += weight
-        share = weight / self.weight
-        self.elbo += (elbo - self.elbo) * share
-        self.iterate = self.iterate + (iterate - self.iterate) * share
+    def add(self, weight: int, elbo: float, iterate: FloatArray) -> "_Stretch":
+        """Return the means with one more step, of so many chunks."""
+        total = self.weight + weight
+        share = weight / total
         with np.errstate(over="ignore", invalid="ignore"):  # where steps are about to diverge
-            self.square = self.square + (iterate[: len(iterate) // 2] ** 2 - self.square) * share
+            square = self.square + (iterate[: len(iterate) // 2] ** 2 - self.square) * share
+        return replace(
+            self,
+            weight=total,
+            elbo=self.elbo + (elbo - self.elbo) * share,
+            iterate=self.iterate + (iterate - self.iterate) * share,
+            square=square,
+            steps=self.steps + 1,
+        )
 
     def distance(self, location: FloatArray) -> float:
         """Return the RMS distance of the locations v from a point (D,), in posterior sds."""
         mean = np.asarray(self.iterate)[: len(location)]
         with np.errstate(over="ignore", invalid="ignore"):
             return float(np.sqrt(np.maximum(self.square - 2 * location * mean + location**2, 0).mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Where a search stands between two steps, but for θ and its optimiser, which torch moves in place."""
+
+    average: Any  # of the iterates, as the averaging rule has it
+    q: Gaussian  # the average after the last whole stretch
+    control: Control | None
+    rows_read: int
+    step: int = 0  # steps taken
+    epoch: int = 0  # epochs ended
+    batch: int = 0  # minibatches of this epoch that are done
+    skipped: int = 0  # steps in a row without a finite gradient
+    elbo: float = -math.inf  # of the last stretch
+    best_elbo: float = -math.inf
+    stretch: _Stretch = _Stretch()  # the one under way
+    last: _Stretch = _Stretch()  # the one before
+    phase: Literal["steps", "judge", "move"] = "steps"  # what comes next
+    history: tuple[FloatArray, ...] = ()  # mean iterate of every stretch (2D,)
+    certified_at: int = 0  # stretches at the last certificate
+    trace: tuple[TraceRow, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """All that a search needs to go on."""
+
+    state: _State
+    whitening: Whitening
+    structure: Structure | None
+    theta: dict[str, Tensor]
+    optimizer: dict[str, Any]  # as torch describes it
+    schedule: dict[str, Any]
+    planned: float  # passes for which the schedule was made
+
+
+KEPT = (
+    *(_Kept, _State, _Stretch, TraceRow, Whitening, Curvature, Arrowhead, Root, Structure),
+    *(Gaussian, Control, Anchor, Mixing),
+)
+"""The records that this is made of, besides those of the averaging rule."""
 
 
 class _Search:
@@ -267,59 +312,109 @@ class _Search:
         max_passes: float | None,
         seed: int,
         report: Callable[[TraceRow], None],
+        journal: Journal,
     ) -> None:
         manifest = executor.data.manifest
-        self.settings, self.executor, self.family, self.seed, self._report = settings, executor, family, seed, report
+        self.settings, self.executor, self.family, self.seed = settings, executor, family, seed
+        self._report, self._journal = report, journal
         self.batch_chunks = settings.batch_chunks(manifest)
-        steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks)
-        self.stretch_epochs = -(-STRETCH_STEPS // steps_per_epoch)
+        self.steps_per_epoch = -(-manifest.num_chunks // self.batch_chunks)
+        self.stretch_epochs = -(-STRETCH_STEPS // self.steps_per_epoch)
         self.max_passes = settings.passes_at_most(manifest, max_passes)
-        self.step = self.epoch = self.skipped = 0
-        self.trace: list[TraceRow] = []
-        self.history: list[FloatArray] = []
-        self.elbo = self.best_elbo = -math.inf
         self.trouble = ""
         self._started = time.perf_counter()
-        self._other_rows = 0
+        self._moving = False
+        self._subsample = sampling.subsample(manifest, sampling.chunks_for(manifest, settings.subsample_rows), seed)
+        self._other_rows = int(manifest.chunk_sizes[self._subsample].sum())
 
-        self.whitening = self._whitening()
-        dim = len(self.whitening.center)
+        dim = executor.model.model.dim
         zeros, ones = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
         self.theta = family.init(zeros, ones, random_stream(seed, Purpose.FAMILY))
         for parameter in self.theta.values():
             parameter.requires_grad_()
         self.optimizer = settings.make_optimizer(family, self.theta)
         self.energy_only = takes_energy_gradient(self.optimizer)
-        self.schedule = make_schedule(settings.schedule, self.optimizer, math.ceil(self.max_passes * steps_per_epoch))
         self.averaging = make_averaging(settings.averaging)
-        self.average = self.averaging.init(self.theta)
-        self.q = self.whitening.member(self.averaging.value(self.average))
-        self.last = _Stretch()
-        self.control: Control | None = None
-        if settings.control_variate == "anchor":
-            self._anchor(self.whitening.center, zeros)
-
-    def _anchor(self, eta: Tensor, location: Tensor) -> None:
-        """Put the anchor at η (D,), unless the data have no finite gradient there."""
-        anchor = Anchor.at(self.executor, eta, location)
-        if anchor.finite:
-            self.control = Control(anchor)
-
-    def _whitening(self) -> Whitening:
-        """Fit the resident subsample, then measure the curvature of the full-data log posterior about its mean."""
-        manifest, data = self.executor.data.manifest, self.executor.data
-        num_chunks = sampling.chunks_for(manifest, self.settings.subsample_rows)
-        chunks = sampling.subsample(manifest, num_chunks, self.seed)
-        self._other_rows = int(manifest.chunk_sizes[chunks].sum())
-        subsample = Subsample.load(self.executor.model, data, chunks.tolist())
-        full = self.family.takes_rotation and self.executor.model.model.dim <= DENSE_LIMIT
-        self.structure = Structure.full(self.executor.model.model.dim) if full else find_structure(subsample, self.seed)
-        q = warm_start(subsample, self.structure, self.seed)
-        warn_if_ordered(subsample, q.loc)
-        chosen = curvature_chunks(manifest, self.structure, self.seed)
+        last = journal.last()
+        kept = None if last is None else self._unpacked(last)
+        self.planned = self.max_passes if kept is None else kept.planned
+        self._refuse_longer_cosine()
+        steps = math.ceil(self.planned * self.steps_per_epoch)
+        self.schedule = make_schedule(settings.schedule, self.optimizer, steps)
+        if kept is None:
+            self._begin()
+        else:
+            self._restore(kept)
+            self._started -= last.seconds if last is not None else 0.0
+        chosen = curvature_chunks(manifest, self.structure, seed)
         self._certificate_passes = 1 + int(manifest.chunk_sizes[list(chosen)].sum()) / manifest.num_rows
-        curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed, self.structure)
-        return Whitening.around(self.family, q.loc, curvature)
+
+    def _begin(self) -> None:
+        """Whiten the coordinates at a warm start, and put the anchor there."""
+        self.whitening, self.structure = self._warm_start()
+        center = self.whitening.center
+        average = self.averaging.init(self.theta)
+        q = self.whitening.member(self.averaging.value(average))
+        anchor = self._anchor(center, torch.zeros_like(center)) if self.settings.control_variate == "anchor" else None
+        self.state = _State(average, q, None if anchor is None else Control(anchor), self.executor.rows_read)
+
+    def _warm_start(self) -> tuple[Whitening, Structure | None]:
+        """Fit the resident subsample, then measure the curvature of the full-data log posterior about its mean."""
+        manifest, data, model = self.executor.data.manifest, self.executor.data, self.executor.model
+        subsample = Subsample.load(model, data, self._subsample.tolist())
+        full = self.family.takes_rotation and model.model.dim <= DENSE_LIMIT
+        structure = Structure.full(model.model.dim) if full else find_structure(subsample, self.seed)
+        q = warm_start(subsample, structure, self.seed)
+        warn_if_ordered(subsample, q.loc)
+        chosen = curvature_chunks(manifest, structure, self.seed)
+        curvature = measure_curvature(self.executor, q.loc[None], chosen, self.seed, structure)
+        found = Whitening.around(self.family, q.loc, curvature), structure
+        canonical: tuple[Whitening, Structure | None] = unpack(pack(found, self._known), KEPT, self._known)
+        return canonical  # as a resumed run has it
+
+    def _anchor(self, eta: Tensor, location: Tensor) -> Anchor | None:
+        """Return the anchor at η (D,), unless the data have no finite gradient there."""
+        anchor = Anchor.at(self.executor, eta, location)
+        return anchor if anchor.finite else None
+
+    # From and to the journal -----------------------------------------------------------------------------------------
+
+    @property
+    def _known(self) -> dict[str, object]:
+        return {"family": self.family}
+
+    def keep(self) -> None:
+        """Write down where the search stands, unless it was stopped in the middle of a move."""
+        if self._moving:
+            return
+        theta = {name: parameter.detach() for name, parameter in self.theta.items()}
+        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
+        state = replace(self.state, trace=())
+        kept = _Kept(state, self.whitening, self.structure, theta, optimizer, schedule, self.planned)
+        self._journal.save(Checkpoint(pack(kept, self._known), self.state.trace, self._seconds))
+
+    def _unpacked(self, last: Checkpoint) -> _Kept:
+        classes = {*KEPT, *record_classes(self.averaging.init(self.theta))}
+        kept: _Kept = unpack(last.state, classes, self._known)
+        return replace(kept, state=replace(kept.state, trace=last.trace))
+
+    def _restore(self, kept: _Kept) -> None:
+        self.state, self.whitening, self.structure = kept.state, kept.whitening, kept.structure
+        self.executor.rows_read = kept.state.rows_read
+        self.optimizer.load_state_dict(kept.optimizer)
+        self.schedule.load_state_dict(kept.schedule)
+        with torch.no_grad():
+            for name, parameter in self.theta.items():
+                parameter.copy_(kept.theta[name])
+
+    def _refuse_longer_cosine(self) -> None:
+        if self.settings.schedule == "cosine" and self.max_passes > self.planned:
+            raise InputError(
+                f"max_passes={self.max_passes:g}: schedule='cosine' took the learning rate to 0 at {self.planned:g} "
+                "passes, and nothing moves beyond; fit again with more passes, or with another schedule"
+            )
+
+    # How far the run may go ------------------------------------------------------------------------------------------
 
     @property
     def passes(self) -> float:
@@ -335,120 +430,193 @@ class _Search:
         """Whether the run's passes allow for so many and a certificate."""
         return self.passes + passes + self._certificate_passes <= self.max_passes
 
-    def move_anchor(self, tol: float) -> None:
-        """Move the anchor to the average, if that is worth a pass and an epoch can follow."""
-        if self.control is None or not self._affords(2):
-            return
-        average, stretch = self.averaging.value(self.average)["loc"], self.last
-        to_anchor = stretch.distance(self.control.anchor.location.numpy())
-        if self.control.outdated(to_anchor, stretch.distance(average.numpy()), stretch.steps, tol):
-            self._anchor(self.q.loc, average)
-            self.record("anchor", self.elbo)
+    # Steps -----------------------------------------------------------------------------------------------------------
 
     def run_stretch(self) -> None:
-        """Take the steps of some whole epochs; unless there was trouble, move `q` to the new average."""
-        stretch = _Stretch()
-        for _ in range(self.stretch_epochs):
-            order = sampling.epoch_order(self.executor.data.manifest, self.seed, self.epoch)
-            for chunks in sampling.batches(order, self.batch_chunks):
-                self._take_step(chunks, stretch)
-                if self.trouble:
+        """Take the steps of some whole epochs that are left of a stretch; then move `q` to the new average."""
+        manifest = self.executor.data.manifest
+        while self._stepping():
+            order = sampling.epoch_order(manifest, self.seed, self.state.epoch)
+            for chunks in sampling.batches(order, self.batch_chunks)[self.state.batch :]:
+                self._take_step(chunks)
+                if not self._stepping():
                     return
-            self.epoch += 1
-            if self.control is not None:
-                self.control = self.control.end_epoch()
-            if self.exhausted:
-                break
-        if stretch.elbo < self.best_elbo - ALLOWED_FALL * self.q.dim:
-            fall = f"from {self.best_elbo:.8g} to {stretch.elbo:.8g}"
-            self.trouble = f"the ELBO fell {fall} at step {self.step}; lower the learning rate"
-            return
-        self.elbo = stretch.elbo
-        self.best_elbo = max(self.best_elbo, stretch.elbo)
-        self.average = self.averaging.end_epoch(self.average)
-        self.q = self.whitening.member(self.averaging.value(self.average))
-        self.history.append(np.asarray(stretch.iterate))
-        self.last = stretch
+                if self._journal.due:
+                    self.keep()
+            self._end_epoch()
 
-    def _take_step(self, chunks: IntArray, stretch: _Stretch) -> None:
-        self.step += 1
-        est = self._estimate(chunks)
+    def _stepping(self) -> bool:
+        return self.state.phase == "steps" and not self.trouble
+
+    def _end_epoch(self) -> None:
+        state, stretch = self.state, replace(self.state.stretch, epochs=self.state.stretch.epochs + 1)
+        control = None if state.control is None else state.control.end_epoch()
+        state = replace(state, epoch=state.epoch + 1, batch=0, control=control, stretch=stretch)
+        if stretch.epochs == self.stretch_epochs or self.exhausted:
+            if stretch.elbo < state.best_elbo - ALLOWED_FALL * state.q.dim:
+                fall = f"from {state.best_elbo:.8g} to {stretch.elbo:.8g}"
+                self.trouble = f"the ELBO fell {fall} at step {state.step}; lower the learning rate"
+                return
+            average = self.averaging.end_epoch(state.average)
+            state = replace(
+                state,
+                elbo=stretch.elbo,
+                best_elbo=max(state.best_elbo, stretch.elbo),
+                average=average,
+                q=self.whitening.member(self.averaging.value(average)),
+                history=(*state.history, np.asarray(stretch.iterate)),
+                last=stretch,
+                stretch=_Stretch(),
+                phase="judge",
+            )
+        self.state = state
+
+    def _take_step(self, chunks: IntArray) -> None:
+        est, control = self._estimate(chunks)
+        state = replace(
+            self.state,
+            step=self.state.step + 1,
+            batch=self.state.batch + 1,
+            control=control,
+            rows_read=self.executor.rows_read,
+        )
         grad = est.energy_grad if self.energy_only else est.grad
         if not (math.isfinite(est.elbo) and all(bool(g.isfinite().all()) for g in grad.values())):
-            self.skipped += 1
-            if self.skipped >= MAX_SKIPPED:
-                self.trouble = f"{self.skipped} steps in a row up to step {self.step} had no finite gradient"
+            self.state = state = replace(state, skipped=state.skipped + 1)
+            if state.skipped >= MAX_SKIPPED:
+                self.trouble = f"{state.skipped} steps in a row up to step {state.step} had no finite gradient"
             return
-        self.skipped = 0
-        if self.step == 1:
-            self.best_elbo = est.elbo - ALLOWED_FALL * self.executor.data.num_rows
+        best = est.elbo - ALLOWED_FALL * self.executor.data.num_rows if state.step == 1 else state.best_elbo
+        self._moving = True  # from here on θ and the state are not of the same step
         for name, parameter in self.theta.items():
             parameter.grad = -grad[name]  # torch minimises
         self.optimizer.step()
         self.schedule.step()
         if not self._is_gaussian():
             self.trouble = (
-                f"step {self.step} left a scale or mean that is not finite or not positive; lower the learning rate"
+                f"step {state.step} left a scale or mean that is not finite or not positive; lower the learning rate"
             )
             return
-        self.average = self.averaging.update(self.average, self.theta)
+        iterate = torch.cat([self.theta["loc"], self.theta["log_scale"]]).detach().numpy()
+        self.state = replace(
+            state,
+            skipped=0,
+            best_elbo=best,
+            average=self.averaging.update(state.average, self.theta),
+            stretch=state.stretch.add(len(chunks), est.elbo, iterate),
+        )
+        self._moving = False
         self._report(self._row("step", est.elbo))
-        stretch.add(len(chunks), est.elbo, torch.cat([self.theta["loc"], self.theta["log_scale"]]).detach().numpy())
 
     def _is_gaussian(self) -> bool:
         """Whether θ is still a Gaussian's."""
         scale = self.theta["log_scale"].exp()
         return bool((scale > 0).all() and all(p.isfinite().all() for p in (scale, *self.theta.values())))
 
-    def _estimate(self, chunks: IntArray) -> Estimate:
-        """Return the ELBO of θ and its gradient, from one minibatch."""
-        settings = self.settings
-        rng = random_stream(self.seed, Purpose.DRAWS, 0 if settings.fixed_draws else self.step)
-        dim = self.family.noise_dim(self.q.dim)
+    def _estimate(self, chunks: IntArray) -> tuple[Estimate, Control | None]:
+        """Return the ELBO of θ and its gradient, from one minibatch, and the control variate that has seen it."""
+        settings, step, control = self.settings, self.state.step + 1, self.state.control
+        rng = random_stream(self.seed, Purpose.DRAWS, 0 if settings.fixed_draws else step)
+        dim = self.family.noise_dim(self.state.q.dim)
         noise = draw_noise(settings.design, settings.num_draws, dim, rng, fixed=settings.fixed_draws)
         factor = self.executor.data.manifest.num_chunks / len(chunks)
 
         def scaled_log_joint(eta: Tensor) -> tuple[Tensor, Tensor]:
-            control = self.control
+            nonlocal control
             points = eta.numpy() if control is None else control.points(eta)
-            sums = self.executor.run(Gradient(points), chunks, check=self.epoch == 0, label=f"step {self.step}")
+            check = self.state.epoch == 0
+            sums = self.executor.run(Gradient(points), chunks, check=check, label=f"step {step}")
             if control is None:
                 log_lik, grad = (factor * torch.from_numpy(part) for part in sums)
             else:
                 log_lik, grad = control.estimate(sums, factor)
-                self.control = control.observe(sums, factor, self.whitening.curvature.root_transpose_times)
+                control = control.observe(sums, factor, self.whitening.curvature.root_transpose_times)
             return log_joint(self.executor.model.model, eta, log_lik, grad)
 
-        return self.whitening.estimate(self.theta, noise, scaled_log_joint, settings.estimator)
+        return self.whitening.estimate(self.theta, noise, scaled_log_joint, settings.estimator), control
 
-    def record(self, phase: str, elbo: float, **figures: float) -> None:
-        """Add a row to the trace and report it."""
-        row = self._row(phase, elbo, **figures)
-        self.trace.append(row)
-        self._report(row)
+    # Between stretches -----------------------------------------------------------------------------------------------
+
+    def judge(self, tol: float) -> Fitted | None:
+        """Tell whether the average has settled, and how near the optimum it is; return the result if the run ends."""
+        if self.trouble:
+            return self._fitted("diverged", f"{self.trouble}; the result is the average before that")
+        if self.state.phase != "judge":
+            return None
+        state = self.state
+        settling = settled(np.stack(state.history), tol / 3, self.settings.rhat_max)
+        rows = [self._row("epochs", state.elbo, rhat=settling.rhat, mcse=settling.mcse)]
+        self._report(rows[0])
+        certified_at = state.certified_at
+        if self.exhausted or (settling.settled and len(state.history) >= 1.5 * certified_at):
+            certified_at = len(state.history)
+            self.keep()  # here a run goes on that stopped, when it is allowed more passes
+            certificate, elbo, curvature = certify(self.executor, state.q, self.seed, self.structure)
+            rows.append(self._row("certificate", elbo, certificate=certificate.max if certificate else math.nan))
+            self._report(rows[1])
+            found = (elbo, certificate, curvature, tuple(rows))
+            if certificate is not None and certificate.within(tol):
+                return self._fitted("converged", f"the certificate is within tol={tol:g}", *found)
+            if certificate is None and settling.settled:
+                reason = (
+                    f"the average settled; with {state.q.dim} coordinates, over {DENSE_LIMIT} and without "
+                    "structure, no certificate"
+                )
+                return self._fitted("stopped", reason, *found)
+            if self.exhausted:
+                how = "after its average had settled" if settling.settled else "before its average settled"
+                return self._fitted("stopped", f"max_passes={self.max_passes:g} reached, {how}", *found)
+        self.state = replace(
+            state,
+            phase="move",
+            certified_at=certified_at,
+            rows_read=self.executor.rows_read,
+            trace=(*state.trace, *rows),
+        )
+        return None
+
+    def move_anchor(self, tol: float) -> None:
+        """Move the anchor to the average, if that is worth a pass and an epoch can follow."""
+        state, control = self.state, self.state.control
+        if control is not None and self._affords(2):
+            average = self.averaging.value(state.average)["loc"]
+            to_anchor = state.last.distance(control.anchor.location.numpy())
+            if control.outdated(to_anchor, state.last.distance(average.numpy()), state.last.steps, tol):
+                anchor = self._anchor(state.q.loc, average)
+                row = self._row("anchor", state.elbo)
+                self._report(row)
+                control = control if anchor is None else Control(anchor)
+                state = replace(state, control=control, trace=(*state.trace, row), rows_read=self.executor.rows_read)
+        self.state = replace(state, phase="steps")
+
+    # What is told ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
 
     def _row(self, phase: str, elbo: float, **figures: float) -> TraceRow:
         rows_read = self.executor.rows_read + self._other_rows
-        seconds = time.perf_counter() - self._started
         profile = asdict(self.executor.profile)
-        return TraceRow(phase, self.step, self.passes, rows_read, seconds, elbo, **profile, **figures)
+        return TraceRow(phase, self.state.step, self.passes, rows_read, self._seconds, elbo, **profile, **figures)
 
-    def fitted(
+    def _fitted(
         self,
         status: Status,
         reason: str,
         elbo: float | None = None,
         certificate: Certificate | None = None,
         curvature: Curvature | None = None,
+        rows: tuple[TraceRow, ...] = (),
     ) -> Fitted:
         """Return the result."""
         return Fitted(
-            q=self.q,
+            q=self.state.q,
             status=status,
             reason=reason,
-            elbo=self.elbo if elbo is None else elbo,
+            elbo=self.state.elbo if elbo is None else elbo,
             passes=self.passes,
             certificate=certificate,
-            trace=tuple(self.trace),
+            trace=(*self.state.trace, *rows),
             curvature=curvature,
         )

@@ -4,6 +4,8 @@ A round visits an anchor: one pass over the data measures a `LocalModel` there, 
 the curvature on all the data, and so the certificate. Then q moves to the local model's optimum, without touching the
 data, and the next round visits the new mean. A step is kept if the next visit finds that the ELBO, at common draws,
 rose; if not, the run goes back and takes a shorter one. Where steps fail, L-BFGS on all the data takes over.
+
+All that a run knows beyond its subsample is a `_State`, which every pass makes anew: written down, the run can go on.
 """
 
 import math
@@ -15,9 +17,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dadvi.acceleration import Iterate
-from dadvi.descent import descend
+from dadvi.acceleration import DEPTH, Iterate
+from dadvi.checkpoint import Checkpoint, Journal, NoJournal
+from dadvi.descent import Evaluation, descend
 from dadvi.elbo import draw_noise
 from dadvi.errors import InputError
 from dadvi.executors import Executor
@@ -40,9 +44,10 @@ from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.probing import find_structure
 from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature, optimum, prior_draws, prior_hessian
 from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
-from dadvi.scales import find_scales
+from dadvi.records import pack, unpack
+from dadvi.scales import Scales, find_scales
 from dadvi.sharding import Manifest, sampling
-from dadvi.structure import Arrowhead
+from dadvi.structure import Arrowhead, Root, Structure
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
 from dadvi.types import Purpose, random_stream
 
@@ -169,33 +174,35 @@ class Anchored:
         max_passes: float | None,
         seed: int,
         report: Callable[[TraceRow], None],
+        journal: Journal | None = None,
     ) -> Fitted:
-        """Fit the family on the executor's data.
+        """Fit the family on the executor's data, from the journal's last checkpoint if it has one.
 
         Ends "converged" when the certificate is within `tol`; "stopped" at `max_passes`, or when no step raises the
         ELBO any more; "diverged" when the log posterior on all the data is not finite where the warm start ended.
         """
         passes = self.passes_at_most(executor.data.manifest, max_passes)
-        run = _Rounds(self, executor, family, tol, passes, seed, report)
-        here = run.visit(run.start())
-        if not (math.isfinite(here.seen.elbo) and here.seen.grad.isfinite().all()):
-            return run.fitted(here, "diverged", "the log posterior is not finite at the first anchor", None)
+        run = _Rounds(self, executor, family, tol, passes, seed, report, journal or NoJournal())
+        state = run.begin()
+        if not (math.isfinite(state.here.seen.elbo) and state.here.seen.grad.isfinite().all()):
+            return run.fitted(state, "diverged", "the log posterior is not finite at the first anchor")
         while True:
-            aim = run.aim(here)
-            certificate = here.seen.certificate(here.q).or_farther(here.q, aim.q, here.seen.curvature)
-            run.record(here, certificate)
-            if certificate.within(tol):
-                return run.fitted(here, "converged", f"the certificate is within tol={tol:g}", certificate)
-            if here.seen.curvature.flat:
+            state = run.keep(state)
+            aim = run.aim(state)
+            if state.certificate is None:
+                state = run.judge(state, aim)
+            if state.certificate is not None and state.certificate.within(tol):
+                return run.fitted(state, "converged", f"the certificate is within tol={tol:g}")
+            if state.here.seen.curvature.flat:
                 reason = "the log posterior is flat in some direction, so it has no optimum; give proper priors"
-                return run.fitted(here, "stopped", reason, certificate)
+                return run.fitted(state, "stopped", reason)
             if run.exhausted:
-                return run.fitted(here, "stopped", f"max_passes={run.max_passes:g} reached", certificate)
-            there = run.step(here, aim) or run.descend(here)
-            if there is None:
+                return run.fitted(state, "stopped", f"max_passes={run.max_passes:g} reached")
+            after = run.step(state, aim)
+            if after is None:
                 spent = f"max_passes={run.max_passes:g} reached" if run.exhausted else "no step raises the ELBO"
-                return run.fitted(here, "stopped", spent, certificate)
-            here = there
+                return run.fitted(state, "stopped", spent)
+            state = after
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,10 +222,46 @@ class _Aim:
     q: Gaussian
     seen: Expectations | None
     gain: float  # of the ELBO, as the local model predicts it
+    history: tuple[Iterate, ...]  # of the state, if the step is taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """What the warm start found, which holds for the run."""
+
+    q: Gaussian
+    unit: Tensor  # posterior sds given the subsample alone (D,)
+    noise: Noise
+    scales: Scales | None  # of an expansion with the curvature of all the data; None for a surrogate
+    precision: Tensor  # diagonal of the curvature there (D,)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Where a run stands after a pass."""
+
+    start: _Start
+    noise: Noise  # the draws in use
+    here: _Visit
+    visits: int
+    rows_read: int
+    radius: float = FARTHEST  # how far a step may go, in units of the start
+    history: tuple[Iterate, ...] = ()  # rounds since which no step was long or rejected
+    certificate: Certificate | None = None  # of `here`, once it is judged
+    rejected: int = 0  # steps from here that did not raise the ELBO
+    evaluations: tuple[Evaluation, ...] = ()  # that the last resort has made from here
+    trace: tuple[TraceRow, ...] = ()
+
+
+STATE = (
+    *(_State, _Start, _Visit, Noise, Rule, Iterate, Certificate, Evaluation, TraceRow),
+    *(Gaussian, Surrogate, Taylor, Scales, Expectations, Curvature, Arrowhead, Root, Structure),
+)
+"""The records that a state is made of."""
 
 
 class _Rounds:
-    """One run: its subsample, its draws, and how far a step may go."""
+    """One run: its subsample, and what it does with a state."""
 
     def __init__(
         self,
@@ -229,21 +272,15 @@ class _Rounds:
         max_passes: float,
         seed: int,
         report: Callable[[TraceRow], None],
+        journal: Journal,
     ) -> None:
         self.executor, self.family, self.tol, self.max_passes = executor, family, tol, max_passes
-        self.seed, self._report = seed, report
+        self.seed, self._report, self._journal = seed, report, journal
         self.prior = executor.model.model
-        self.radius = FARTHEST  # in posterior sds given the subsample alone
-        self.history: list[Iterate] = []  # rounds since which no step was long or rejected
-        self.visits = 0
-        self.trace: list[TraceRow] = []
         self._started = time.perf_counter()
         self._curvature_from, self._num_draws = settings.curvature, settings.num_draws
         self._load(settings.subsample_rows)
-        draws = partial(fixed_draws, settings.num_draws, num_rows=self.subsample.num_rows)
-        self.noise = draws(family.noise_dim(self.prior.dim), rng=random_stream(seed, Purpose.DRAWS))
-        warm = draws(self.prior.dim, rng=random_stream(seed, Purpose.DRAWS, 1))
-        self._warm_noise = replace(warm, curvature=Rule.equal(torch.zeros(1, self.prior.dim, dtype=torch.float64)))
+        self._known = {"subsample": self.subsample, "structure": self.structure, "family": family}
 
     def _load(self, subsample_rows: int | None) -> None:
         """Read the subsample, and find the structure of the Hessian on it, which tells how large it should be."""
@@ -270,12 +307,37 @@ class _Rounds:
         if self.factor == 1:  # the fit is exact, and so are its curvatures
             self.subsample = replace(self.subsample, curvature_rows=math.inf)
 
-    def start(self) -> Gaussian:
+    # From and to the journal -----------------------------------------------------------------------------------------
+
+    def begin(self) -> _State:
+        """Return the state of the journal's last checkpoint, or else that after the warm start and a first pass."""
+        last = self._journal.last()
+        if last is None:
+            return self._first(self._warm_start())
+        state: _State = unpack(last.state, STATE, self._known)
+        self.executor.rows_read = state.rows_read
+        self._started -= last.seconds
+        return replace(state, trace=last.trace)
+
+    def keep(self, state: _State) -> _State:
+        """Write a state down, and return its canonical form, from which the run is to go on."""
+        packed = pack(replace(state, trace=()), self._known)
+        self._journal.save(Checkpoint(packed, state.trace, self._seconds))
+        canonical: _State = unpack(packed, STATE, self._known)
+        return replace(canonical, trace=state.trace)
+
+    # The warm start --------------------------------------------------------------------------------------------------
+
+    def _warm_start(self) -> _Start:
         """Fit the subsample, and narrow the result to what all the data will say."""
+        draws = partial(fixed_draws, self._num_draws, num_rows=self.subsample.num_rows)
+        noise = draws(self.family.noise_dim(self.prior.dim), rng=random_stream(self.seed, Purpose.DRAWS))
+        warm_noise = draws(self.prior.dim, rng=random_stream(self.seed, Purpose.DRAWS, 1))
+        center = Rule.equal(torch.zeros(1, self.prior.dim, dtype=torch.float64))
         warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
         warm = warm_start(self.subsample.part(warm_rows), self.structure, self.seed)
         alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
-        warm, seen_alone = self._solve(alone, warm, self._warm_noise, WARM_DISTANCE)
+        warm, seen_alone = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE)
         warn_if_ordered(self.subsample, warm.loc)
         at = Rule.equal(warm.loc[None])
         work = HessianVector(at.nodes.numpy(), self.structure.tangents())
@@ -284,22 +346,23 @@ class _Rounds:
         factor = self.executor.data.manifest.num_chunks / len(self.subsample.for_curvature.batches)
         of_prior = prior_hessian(self.prior, at, self.structure)
         curvature = Curvature.of(-(sum(parts[1:], parts[0]) * factor + of_prior))
-        if self._curvature_from == "auto":
-            noise = _precision_noise(parts, factor, curvature)
-            self._curvature_from = "data" if noise > POORLY_SEEN else "subsample"
-        if self._curvature_from == "data":
-            self._scales = find_scales(seen, self.structure, self.seed)
-        self._start_curvature, self._unit = curvature, seen_alone.curvature.stddev
         q = optimum(self.family, warm.loc, curvature)
-        if self._curvature_from == "data":
-            self.noise = self._draws_for_expansion(q, seen, factor)
-        return self._solve(alone, q, self.noise, self.tol)[0] if self.factor == 1 else q
+        scales = None
+        poorly_seen = self._curvature_from == "auto" and _precision_noise(parts, factor, curvature) > POORLY_SEEN
+        if poorly_seen or self._curvature_from == "data":
+            scales = find_scales(seen, self.structure, self.seed)
+            noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
+        if self.factor == 1:
+            q = self._solve(alone, q, noise, self.tol)[0]
+        return _Start(q, seen_alone.curvature.stddev, noise, scales, curvature.precision_diagonal)
 
-    def _draws_for_expansion(self, q: Gaussian, seen: Subsample, factor: float) -> Noise:
+    def _draws_for_expansion(
+        self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float
+    ) -> Noise:
         """Return the draws for passes that measure Hessians too, and whose local model has no other draws."""
         num_draws, dim = self._num_draws or TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim)
-        if len(self.noise.likelihood.nodes) > num_draws:
-            return self.noise
+        if len(noise.likelihood.nodes) > num_draws:
+            return noise
         coarse, fine = (
             fixed_draws(num_draws, dim, 1, random_stream(self.seed, Purpose.DRAWS, 2), num_points)
             for num_points in (3, 5)
@@ -311,17 +374,39 @@ class _Rounds:
         work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
         products = torch.from_numpy(seen.run(work).products)[:, self.structure.groups]
         difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
-        error = difference / self._start_curvature.precision_diagonal[self.structure.groups]
+        error = difference / curvature.precision_diagonal[self.structure.groups]
         return fine if float(error.norm()) > COARSE else coarse
 
     def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
         return solve(self.prior, local, q, noise.expectations(self.prior, local, q), noise, tol)
 
-    def visit(self, q: Gaussian, seen: Expectations | None = None, length: float = math.nan) -> _Visit:
+    def _first(self, start: _Start) -> _State:
+        """Visit the warm start, and choose the draws for curvatures by what is found there."""
+        noise = start.noise
+        here = self._visit(start, noise, start.q, 1)
+        if start.scales is None and self.factor > 1:
+            change = here.seen.curvature.precision_diagonal / start.precision - 1
+            if float(change.abs().max()) < NARROW:  # what q spreads over has the curvature of its mean
+                noise = replace(noise, curvature=Rule.equal(torch.zeros_like(noise.curvature.nodes[:1])))
+        return _State(start, noise, here, visits=1, rows_read=self.executor.rows_read)
+
+    # Rounds ----------------------------------------------------------------------------------------------------------
+
+    def _visit(
+        self,
+        start: _Start,
+        noise: Noise,
+        q: Gaussian,
+        number: int,
+        seen: Expectations | None = None,
+        length: float = math.nan,
+    ) -> _Visit:
         """Measure the local model at q by one pass over the data.
 
         Parameters
         ----------
+        number
+            Of the visit, counted from 1.
         seen
             What q saw of the surrogate, where it is known: the next one has the same curvature, for they differ by a
             linear function.
@@ -329,128 +414,141 @@ class _Rounds:
             Of the step that led to q.
 
         """
-        self.visits += 1
-        check, label = self.visits == 1, f"round {self.visits}"
+        check, label = number == 1, f"round {number}"
         local: LocalModel
-        if self._curvature_from == "data":
-            local = Taylor.measured(self.executor, q, self.noise, self._scales, check=check, label=label)
-            seen = None
+        if start.scales is not None:
+            local, seen = Taylor.measured(self.executor, q, noise, start.scales, check=check, label=label), None
         else:
             local = Surrogate.measured(
                 self.subsample, self.structure, self.factor, self.executor, q.loc, check=check, label=label
             )
-        found = self.noise.expectations(self.prior, local, q, known=seen)
-        if self.visits == 1 and self._curvature_from == "subsample" and self.factor > 1:
-            change = found.curvature.precision_diagonal / self._start_curvature.precision_diagonal - 1
-            if float(change.abs().max()) < NARROW:  # what q spreads over has the curvature of its mean
-                center = Rule.equal(torch.zeros_like(self.noise.curvature.nodes[:1]))
-                self.noise = replace(self.noise, curvature=center)
-        return _Visit(q, local, found, length)
+        return _Visit(q, local, noise.expectations(self.prior, local, q, known=seen), length)
 
-    def aim(self, here: _Visit) -> _Aim:
+    def aim(self, state: _State) -> _Aim:
         """Return the local model's optimum, as far as the radius allows, or what is better.
 
         What the local model lacks makes rounds converge linearly, such as third-order terms in a hierarchy; once they
         are near, acceleration takes its place.
         """
-        unit = self._unit
+        here, unit = state.here, state.start.unit
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
-        for radius in (math.inf, self.radius) if self.radius == FARTHEST else (self.radius,):
-            q, seen = solve(self.prior, here.local, here.q, here.seen, self.noise, self.tol, radius, unit)
-            if distance(here.q, q, unit) <= self.radius:
+        for radius in (math.inf, state.radius) if state.radius == FARTHEST else (state.radius,):
+            q, seen = solve(self.prior, here.local, here.q, here.seen, state.noise, self.tol, radius, unit)
+            if distance(here.q, q, unit) <= state.radius:
                 break
-        far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > self.radius / 2
+        far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > state.radius / 2
         gain = seen.elbo - here.seen.elbo
         if far:  # the optimum is far, or the radius cut the way to it
-            self.history.clear()
-            return _Aim(q, seen, gain)
-        self.history.append(iterate(here.q, q, unit))
-        faster = accelerated_member(here.q, self.history, unit)
-        return _Aim(q, seen, gain) if faster is None else _Aim(faster, None, gain)
+            return _Aim(q, seen, gain, ())
+        history = (*state.history, iterate(here.q, q, unit))[-DEPTH - 1 :]
+        faster = accelerated_member(here.q, history, unit)
+        return _Aim(q, seen, gain, history) if faster is None else _Aim(faster, None, gain, history)
 
-    def step(self, here: _Visit, aim: _Aim) -> _Visit | None:
-        """Move to where it was aimed, or less far until the ELBO rises; None if it does not, or passes run out."""
-        for _ in range(MOST_REJECTED):
-            if aim.q is here.q:
-                return None
-            length = distance(here.q, aim.q, self._unit)
-            there = self.visit(aim.q, aim.seen, distance(here.q, aim.q, here.seen.curvature.stddev))
-            # Where E_q[∇ log π] = 0, the ELBO at these draws is not quite the largest; coordinates add up at random.
-            slack = NEGLIGIBLE_NATS * math.sqrt(self.prior.dim) + ELBO_NOISE * abs(here.seen.elbo)
-            gain = self.noise.gain(here.seen, there.seen, there.q)
-            if gain >= -slack:  # False for nan
-                self._adapt(gain, aim.gain, length)
-                return there
-            self.record(there, None, phase="rejected")
-            self.radius = min(self.radius, length) / 4
-            self.history.clear()
-            if self.exhausted:
-                return None
-            aim = self.aim(here)
-        return None
+    def judge(self, state: _State, aim: _Aim) -> _State:
+        """Return the state with the certificate of where it stands, and a row of the trace that tells it."""
+        here = state.here
+        certificate = here.seen.certificate(here.q).or_farther(here.q, aim.q, here.seen.curvature)
+        return self.record(replace(state, certificate=certificate), here)
 
-    def _adapt(self, gain: float, predicted: float, length: float) -> None:
-        """Trust the local model farther, or less far, after a step (Nocedal & Wright 2006, algorithm 4.1)."""
-        if gain < 0.25 * predicted:
-            self.radius = length / 2
-        elif gain > 0.75 * predicted:
-            self.radius = max(self.radius, 2 * length)
+    def step(self, state: _State, aim: _Aim) -> _State | None:
+        """Move to where it was aimed, and stay there if the ELBO rose; go less far next time if not.
 
-    def descend(self, here: _Visit) -> _Visit | None:
+        Where there is nowhere to go, or too many steps were rejected, the last resort moves the mean; None if it finds
+        nothing better, or passes run out.
+        """
+        here, unit = state.here, state.start.unit
+        if aim.q is here.q or state.rejected == MOST_REJECTED:
+            return self._descend(state)
+        length, visits = distance(here.q, aim.q, unit), state.visits + 1
+        of_step = distance(here.q, aim.q, here.seen.curvature.stddev)
+        there = self._visit(state.start, state.noise, aim.q, visits, aim.seen, of_step)
+        state = replace(state, visits=visits, rows_read=self.executor.rows_read)
+        # Where E_q[∇ log π] = 0, the ELBO at these draws is not quite the largest; coordinates add up at random.
+        slack = NEGLIGIBLE_NATS * math.sqrt(self.prior.dim) + ELBO_NOISE * abs(here.seen.elbo)
+        gain = state.noise.gain(here.seen, there.seen, there.q)
+        if gain >= -slack:  # False for nan
+            radius = _adapted(state.radius, gain, aim.gain, length)
+            return replace(
+                state, here=there, radius=radius, history=aim.history, certificate=None, rejected=0, evaluations=()
+            )
+        state = self.record(state, there, phase="rejected")
+        return replace(state, radius=min(state.radius, length) / 4, history=(), rejected=state.rejected + 1)
+
+    def _descend(self, state: _State) -> _State | None:
         """Move the mean by the last resort; None if it finds nothing better, or passes run out."""
-        passes_left = int(self.max_passes - self.passes)
+        here = state.here
+        done = len(state.evaluations) * self.executor.data.num_rows
+        passes_left = int(self.max_passes - self._passes(self.executor.rows_read - done))
         if passes_left < 2:  # one evaluation, and the visit after it
             return None
 
-        def record(value: float) -> None:
-            elbo = value + float(here.q.entropy())
-            self._add(self._row("descent", elbo))
+        def record(evaluation: Evaluation) -> None:
+            nonlocal state
+            row = self._row(state, "descent", evaluation.value + float(here.q.entropy()))
+            evaluations = (*state.evaluations, evaluation)
+            state = self._add(replace(state, evaluations=evaluations, rows_read=self.executor.rows_read), row)
+            self.keep(state)
 
         evaluations = min(DESCENT_PASSES, passes_left - 1)
-        curvature = here.seen.curvature
-        q = descend(self.executor, here.q, curvature, self.noise, SOLVED * self.tol, evaluations, record)
+        curvature, enough = here.seen.curvature, SOLVED * self.tol
+        q = descend(self.executor, here.q, curvature, state.noise, enough, evaluations, record, state.evaluations)
         if q is None:
             return None
-        self.radius = FARTHEST
-        self.history.clear()
-        return self.visit(q, length=distance(here.q, q, curvature.stddev))
+        visits, length = state.visits + 1, distance(here.q, q, curvature.stddev)
+        there = self._visit(state.start, state.noise, q, visits, length=length)
+        return _State(
+            state.start, state.noise, there, visits=visits, rows_read=self.executor.rows_read, trace=state.trace
+        )
 
-    @property
-    def passes(self) -> float:
-        """Rows read so far, over N."""
-        return (self.executor.rows_read + self.subsample.num_rows) / self.executor.data.num_rows
+    # What is told ----------------------------------------------------------------------------------------------------
 
     @property
     def exhausted(self) -> bool:
         """Whether another round would exceed the run's passes."""
-        return self.passes + 1 > self.max_passes
+        return self._passes(self.executor.rows_read) + 1 > self.max_passes
 
-    def record(self, here: _Visit, certificate: Certificate | None, phase: str = "round") -> None:
-        """Add a row to the trace and report it."""
-        largest = math.nan if certificate is None else certificate.max
-        self._add(self._row(phase, here.seen.elbo, certificate=largest, length=here.length))
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
 
-    def _row(self, phase: str, elbo: float, **figures: float) -> TraceRow:
+    def _passes(self, rows_read: int) -> float:
+        """Return the rows read, those of the subsample included, over N."""
+        return (rows_read + self.subsample.num_rows) / self.executor.data.num_rows
+
+    def record(self, state: _State, there: _Visit, phase: str = "round") -> _State:
+        """Return the state with a row in the trace for a visit, and report the row."""
+        largest = math.nan if phase == "rejected" or state.certificate is None else state.certificate.max
+        return self._add(state, self._row(state, phase, there.seen.elbo, certificate=largest, length=there.length))
+
+    def _row(self, state: _State, phase: str, elbo: float, **figures: float) -> TraceRow:
+        rows_read = self.executor.rows_read
         return TraceRow(
             phase=phase,
-            step=self.visits,
-            passes=self.passes,
-            rows_read=self.executor.rows_read + self.subsample.num_rows,
-            seconds=time.perf_counter() - self._started,
+            step=state.visits,
+            passes=self._passes(rows_read),
+            rows_read=rows_read + self.subsample.num_rows,
+            seconds=self._seconds,
             elbo=elbo,
             **asdict(self.executor.profile),
             **figures,
         )
 
-    def _add(self, row: TraceRow) -> None:
-        self.trace.append(row)
+    def _add(self, state: _State, row: TraceRow) -> _State:
         self._report(row)
+        return replace(state, trace=(*state.trace, row))
 
-    def fitted(self, here: _Visit, status: Status, reason: str, certificate: Certificate | None) -> Fitted:
+    def fitted(self, state: _State, status: Status, reason: str) -> Fitted:
         """Return the result."""
-        return Fitted(
-            here.q, status, reason, here.seen.elbo, self.passes, certificate, tuple(self.trace), here.seen.curvature
-        )
+        here, passes = state.here, self._passes(self.executor.rows_read)
+        curvature = here.seen.curvature
+        return Fitted(here.q, status, reason, here.seen.elbo, passes, state.certificate, state.trace, curvature)
+
+
+def _adapted(radius: float, gain: float, predicted: float, length: float) -> float:
+    """Trust the local model farther, or less far, after a step (Nocedal & Wright 2006, algorithm 4.1)."""
+    if gain < 0.25 * predicted:
+        return length / 2
+    return max(radius, 2 * length) if gain > 0.75 * predicted else radius
 
 
 def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curvature) -> float:

@@ -1,13 +1,14 @@
-"""The command line, for scripted batch jobs: ``dadvi ingest``, ``dadvi fit``, ``dadvi summary``.
+"""The command line, for scripted batch jobs: ``dadvi ingest``, ``dadvi fit``, ``dadvi resume``, ``dadvi summary``.
 
 What a person reads goes to stderr; stdout is the result. Exit codes: 0 converged or done, 1 internal error, 2 bad
-input or usage, 3 stopped before convergence (the result is saved), 4 diverged.
+input or usage, 3 stopped before convergence (the result is saved) or interrupted (`dadvi resume` goes on), 4 diverged.
 """
 
 import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import IntEnum, StrEnum
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,10 +28,11 @@ from rich.text import Text
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.checkpoint import POSTERIOR
+from dadvi.checkpoint import MODEL, POSTERIOR, RunDirectory
 from dadvi.errors import DadviError, InputError, ModelError
 from dadvi.fit import Method
 from dadvi.fit import fit as run_fit
+from dadvi.fit import resume as run_resume
 from dadvi.model import Model
 from dadvi.posterior import Posterior, load_posterior
 from dadvi.sharding import ShardedDataset, open_shards
@@ -68,6 +71,14 @@ class MethodName(StrEnum):
     ANCHORED = "anchored"
     ADVI = "advi"
 
+
+Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")]
+Workers = Annotated[int | None, typer.Option(help="Local worker processes. Default: one per core.")]
+Serial = Annotated[bool, typer.Option("--serial", help="Fit in this process, without workers.")]
+CheckpointSeconds = Annotated[
+    float, typer.Option(help="Between checkpoints of advi, at most; anchored writes one after every pass.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")]
 
 _ADVI = "Stochastic ADVI (giving one of these chooses it)"
 
@@ -151,12 +162,12 @@ def fit(
         ),
     ],
     data: Annotated[str, typer.Argument(metavar="DATA.zarr", help="Path or URL of a Zarr data set.")],
-    out: Annotated[Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json.")],
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Local worker processes. Default: one per core.")] = None,
-    serial: Annotated[bool, typer.Option("--serial", help="Fit in this process, without workers.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json, checkpoints.")
+    ],
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    serial: Serial = False,
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
     max_passes: Annotated[
@@ -205,20 +216,18 @@ def fit(
             rich_help_panel=_ADVI,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")] = False,
+    checkpoint_seconds: CheckpointSeconds = 60.0,
+    quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Fit a model to a data set and write the posterior. Prints where it is.
 
     Without --scheduler, --workers or --serial the fit starts one worker process per core.
 
-    Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved),
-    4 diverged.
+    Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved)
+    or interrupted (`dadvi resume` goes on), 4 diverged.
     """
-    if sum([scheduler is not None, workers is not None, serial]) > 1:
-        raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
+    client, num_workers = _who_works(scheduler, workers, serial)
     settings = _method(
         method,
         batch_rows=batch_rows,
@@ -232,21 +241,78 @@ def fit(
     )
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
-    with _naming_line(_model_path(model)):
+    path = _model_path(model).resolve()
+    origin = {"model": f"{path}:{model.rpartition(':')[2]}", "data": str(dataset.location)}
+    directory = RunDirectory(out, overwrite=overwrite, model_file=path, origin=origin)
+    with _naming_line(path), _telling_how_to_resume(directory):
         posterior = run_fit(
             loaded,
             dataset,
             method=settings,
             family=family.value,
-            client="serial" if serial else scheduler,
-            num_workers=None if serial or scheduler else workers or _cores(),
+            client=client,
+            num_workers=num_workers,
             tol=tol,
             max_passes=max_passes,
             seed=seed,
-            run_dir=out,
-            overwrite=overwrite,
+            run_dir=directory,
+            checkpoint_seconds=checkpoint_seconds,
             progress=not quiet,
         )
+    _end(posterior, out)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` began to write.")],
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    serial: Serial = False,
+    max_passes: Annotated[
+        float | None, typer.Option(help="Passes after which no further round or epoch starts. Default: as it was.")
+    ] = None,
+    checkpoint_seconds: CheckpointSeconds = 60.0,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a fit that was interrupted, or that stopped, given more passes. Prints where the posterior is.
+
+    Model, data and settings are those of the run, and so is the result, on any number of workers. Exit codes are those
+    of `dadvi fit`.
+    """
+    client, num_workers = _who_works(scheduler, workers, serial)
+    directory = RunDirectory.existing(run)
+    if not {"model", "data"} <= set(directory.origin):
+        raise InputError(f"{run} was not begun by `dadvi fit`; go on with dadvi.resume, in Python")
+    reference = directory.origin["model"]
+    path = _model_path(reference)
+    _refuse_changed_file(path, directory.model_source)
+    dataset = open_shards(directory.origin["data"])
+    loaded = load_model(reference, dataset)
+    with _naming_line(path), _telling_how_to_resume(directory):
+        posterior = run_resume(
+            directory,
+            loaded,
+            dataset,
+            client=client,
+            num_workers=num_workers,
+            max_passes=max_passes,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=not quiet,
+        )
+    _end(posterior, run)
+
+
+def _who_works(scheduler: str | None, workers: int | None, serial: bool) -> tuple[str | None, int | None]:
+    """Return client and num_workers of `dadvi.fit`."""
+    if sum([scheduler is not None, workers is not None, serial]) > 1:
+        raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
+    return "serial" if serial else scheduler, None if serial or scheduler else workers or _cores()
+
+
+def _end(posterior: Posterior, out: Path) -> NoReturn:
+    """Tell how a fit ended, by words and by the exit code."""
     seconds = posterior.records[-1].seconds if posterior.records else 0.0
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
@@ -254,6 +320,36 @@ def fit(
     typer.echo(str(out / POSTERIOR))
     codes = {"converged": ExitCode.CONVERGED, "stopped": ExitCode.STOPPED, "diverged": ExitCode.DIVERGED}
     raise typer.Exit(codes[posterior.status])
+
+
+@contextmanager
+def _telling_how_to_resume(directory: RunDirectory) -> Iterator[None]:
+    """End an interrupted fit with code 3; there, and after an error that leaves a checkpoint, tell how to go on."""
+    go_on = f"dadvi resume {shlex.quote(str(directory.path))}"
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not directory.begun:
+            raise
+        _say(f"interrupted; go on with: {go_on}")
+        raise typer.Exit(ExitCode.STOPPED) from error
+    except (DadviError, OSError):
+        if directory.begun:
+            _say(f"the run is kept as far as it came; go on with: {go_on}")
+        raise
+
+
+def _refuse_changed_file(path: Path, source: str | None) -> None:
+    """Refuse a model's file that is not as it was when the run began, naming the first line that differs."""
+    if source is None or not path.is_file():
+        return  # load_model has its own words for a file that is missing
+    lines = zip_longest(source.splitlines(), path.read_text().splitlines(), fillvalue="nothing")
+    for number, (was, now) in enumerate(lines, start=1):
+        if was != now:
+            raise ModelError(
+                f"{path} has changed since the run began: line {number} is {now.strip()!r} and was {was.strip()!r}; "
+                f"restore it from the run's {MODEL}, or fit anew"
+            )
 
 
 @app.command()

@@ -2,16 +2,19 @@
 
 The scale of q stays as it is, and its mean maximises E_q[log π] at fixed draws: a smooth function of D variables,
 bounded wherever the posterior is proper, on which L-BFGS with a line search converges (Nocedal & Wright 2006, section
-7.2). The search runs in posterior sds, whitened by the curvature at its start.
+7.2). The search runs in posterior sds, whitened by the curvature at its start. It is a function of its evaluations: one
+that was interrupted comes to the same place, with no pass, by those it has made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
 import torch
 from scipy.optimize import OptimizeResult
+from torch import Tensor
 
 from dadvi.elbo import log_joint
 from dadvi.executors import Executor
@@ -28,6 +31,14 @@ MEMORY = 20
 """Pairs of steps and gradients from which L-BFGS makes its curvature."""
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one pass found at a mean."""
+
+    value: float  # E_q[log π]
+    grad: Tensor  # its gradient in the mean (D,)
+
+
 class _Spent(Exception):  # noqa: N818  it ends the search, and is no error
     """All evaluations that were allowed have been made."""
 
@@ -39,7 +50,8 @@ def descend(
     noise: Noise,
     distance: float,
     max_passes: int,
-    report: Callable[[float], None],
+    report: Callable[[Evaluation], None],
+    past: Sequence[Evaluation] = (),
 ) -> Gaussian | None:
     """Move the mean of q until it is within a predicted distance of its optimum, or passes run out.
 
@@ -50,9 +62,11 @@ def descend(
     distance
         In posterior sds, as the curvature predicts it from the gradient.
     max_passes
-        Evaluations at most; at least 1 is made.
+        Evaluations at most, past ones included; at least 1 is made.
     report
-        Called with E_q[log π] after every evaluation.
+        Called after every evaluation that takes a pass.
+    past
+        The evaluations that this search has made before it was interrupted.
 
     Returns
     -------
@@ -64,14 +78,14 @@ def descend(
     best_value, best, first, last_grad = -np.inf, q.loc, -np.inf, torch.full_like(q.loc, np.inf)
     evaluations = 0
 
-    def expected_log_joint(mean: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def expected_log_joint(mean: Tensor) -> Evaluation:
         moved = Gaussian(q.family, {**q.params, "loc": mean})
         eta, prior_eta = moved.transform(noise.likelihood.nodes), moved.transform(noise.prior.nodes)
         sums = executor.run(Gradient(eta.numpy()), label="descent")
         prior, prior_grad = log_joint(model, prior_eta, torch.zeros(len(prior_eta)).double(), 0 * prior_eta)
         value = noise.likelihood.mean(torch.from_numpy(sums.log_lik)) + noise.prior.mean(prior)
         grad = noise.likelihood.mean(torch.from_numpy(sums.grad)) + noise.prior.mean(prior_grad)
-        return float(value), grad
+        return Evaluation(float(value), grad)
 
     def loss(v: FloatArray) -> tuple[float, FloatArray]:
         nonlocal best_value, best, first, last_grad, evaluations
@@ -79,8 +93,12 @@ def descend(
             raise _Spent
         evaluations += 1
         mean = q.loc + curvature.root_times(torch.from_numpy(v.copy()))
-        value, grad = expected_log_joint(mean)
-        report(value)
+        if evaluations <= len(past):
+            evaluation = past[evaluations - 1]
+        else:
+            evaluation = expected_log_joint(mean)
+            report(evaluation)
+        value, grad = evaluation.value, evaluation.grad
         if not (np.isfinite(value) and grad.isfinite().all()):
             return FAR_ABOVE * (1 + abs(first)), np.zeros_like(v)  # an infinite value would end the line search
         first = value if evaluations == 1 else first

@@ -18,7 +18,8 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import dask
 import torch
-from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
+from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.system import MEMORY_LIMIT
 
@@ -153,6 +154,8 @@ class DaskExecutor(_Base):
         How often Dask runs a failed task again. Bad input is not tried again.
     need
         Memory of a worker.
+    wait_seconds
+        How long a pass waits for a worker when there is none.
 
     Raises
     ------
@@ -174,7 +177,8 @@ class DaskExecutor(_Base):
         need: Need | None = None,
     ) -> None:
         super().__init__(model, data)
-        self.client, self._owned, self._retries = client, owned, retries
+        self.client, self._owned, self._retries, self._wait_seconds = client, owned, retries, wait_seconds
+        self._address = client.scheduler.address
         check_workers(client, wait_seconds)
         if not data.shareable and not _in_this_process(client):
             raise DataError(
@@ -197,10 +201,38 @@ class DaskExecutor(_Base):
     ) -> Sums:
         """Return the sums of a pass."""
         started = time.perf_counter()
+        try:
+            results = self._gather(self._submit(work, self._shards(chunks), check))
+        except KilledWorker as error:
+            raise _labelled(
+                WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
+                label,
+            ) from error
+        except (CancelledError, CommClosedError, ClosedClientError) as error:
+            lost = WorkError(
+                f"the scheduler at {self._address} was lost ({error or type(error).__name__}); start it, and resume "
+                "the run or fit again"
+            )
+            raise _labelled(lost, label) from error
+        except (InputError, WorkError, OSError) as error:
+            raise _labelled(error, label) from error
+        arrived = time.perf_counter()
+        refused = next((result for result in results if isinstance(result, InputError)), None)
+        if refused is not None:
+            raise _labelled(refused, label) from refused
+        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result.parts}
+        total = tree_sum([parts[shard] for shard in sorted(parts)])
+        seconds = _by_worker([each for result in results for each in result.seconds])
+        self.profile += Profile.of(seconds, arrived - started, time.perf_counter() - arrived)
+        return total
+
+    def _submit(self, work: Pass[Sums], shards: list[ShardChunks], check: bool) -> list[Future]:
+        """Return futures of results, each of some shards: of all of them together if their sums are large."""
         key = f"{self._run}-{work.name}-{next(self._calls)}"
-        tasks = self._tasks(self._shards(chunks))
+        tasks = self._tasks(shards)
+        size = work.size(self.model.model.dim)
         what: Any = work
-        if work.size(self.model.model.dim) > LARGE_PASS and len(tasks) > 1:
+        if size > LARGE_PASS and len(tasks) > 1:
             with _large_on_purpose():
                 what = self.client.submit(_as_it_is, work, key=f"{key}-pass")
         futures = [
@@ -217,34 +249,12 @@ class DaskExecutor(_Base):
             )
             for number, task in enumerate(tasks)
         ]
-        if len(tasks) * work.size(self.model.model.dim) > LARGE_SUMS and all(len(task.shards) == 1 for task in tasks):
-            futures = self._reduced(futures, key)
-        try:
-            results = self.client.gather(futures)
-        except KilledWorker as error:
-            raise _labelled(
-                WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
-                label,
-            ) from error
-        except (InputError, WorkError, OSError) as error:
-            raise _labelled(error, label) from error
-        except (CancelledError, CommClosedError) as error:
-            lost = WorkError(
-                f"the scheduler at {self.client.scheduler.address} was lost ({error}); start it and fit again"
-            )
-            raise _labelled(lost, label) from error
-        arrived = time.perf_counter()
-        refused = next((result for result in results if isinstance(result, InputError)), None)
-        if refused is not None:
-            raise _labelled(refused, label) from refused
-        parts: dict[int, Sums] = {shard: part for result in results for shard, part in result.parts}
-        total = tree_sum([parts[shard] for shard in sorted(parts)])
-        seconds = _by_worker([each for result in results for each in result.seconds])
-        self.profile += Profile.of(seconds, arrived - started, time.perf_counter() - arrived)
-        return total
+        if len(tasks) * size > LARGE_SUMS and all(len(task.shards) == 1 for task in tasks):
+            return self._added_up(futures, key)
+        return futures
 
-    def _reduced(self, futures: list[Future], key: str) -> list[Future]:
-        """Return futures of sums over eight shards each, eight times eight, and so on to one: by workers."""
+    def _added_up(self, futures: list[Future], key: str) -> list[Future]:
+        """Return the future of the sum of eight shards each, eight times eight, and so on to one: by workers."""
         level = 0
         while len(futures) > 1:
             level += 1
@@ -254,6 +264,38 @@ class DaskExecutor(_Base):
                 for number, group in enumerate(groups)
             ]
         return futures
+
+    def _gather(self, futures: list[Future]) -> list[Any]:
+        """Return the results. Without any worker tasks would wait for ever, so that has an end.
+
+        Raises
+        ------
+        WorkError
+            If there was no worker for `wait_seconds`.
+
+        """
+        last_seen = time.monotonic()
+        while True:
+            try:
+                with self.client.as_current():  # which `wait` asks for
+                    wait(futures, timeout=min(PLACEMENT_SECONDS, self._wait_seconds))
+            except TimeoutError:
+                now = time.monotonic()
+                if self._workers():
+                    last_seen = now
+                elif now >= last_seen + self._wait_seconds:
+                    self.client.cancel(futures)
+                    raise WorkError(
+                        f"the scheduler at {self._address} has had no workers for {now - last_seen:.0f} s; start some, "
+                        "and resume the run or fit again"
+                    ) from None
+            else:
+                return list(self.client.gather(futures))
+
+    def _workers(self) -> list[str]:
+        """Return the addresses of the workers."""
+        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
+        return sorted(self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"])
 
     def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
         """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
@@ -280,9 +322,7 @@ class DaskExecutor(_Base):
         now = time.monotonic()
         if now < self._placed_at + PLACEMENT_SECONDS:
             return
-        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
-        identity = self.client.sync(self.client.scheduler.identity, n_workers=-1)
-        workers = sorted(identity["workers"])
+        workers = self._workers()
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
         self._placed_at = now

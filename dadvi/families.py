@@ -319,6 +319,12 @@ def check_known(family: Family) -> None:
         raise InputError(f"family {family.name!r} is not one of dadvi's ({known}), so it cannot be saved")
 
 
+def family_from(described: Mapping[str, Any]) -> Family:
+    """Return the family that `Family.describe` described."""
+    settings = dict(described)
+    return STORED_FAMILIES[settings.pop("name")](**settings)
+
+
 def make_family(family: str | Family) -> Family:
     """Return the family of that name with its default settings, or the family itself.
 

@@ -1,7 +1,10 @@
 """The front door: check what was given, choose method and executor, fit, and hand back a posterior."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,10 +13,11 @@ from torch import Tensor
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.checkpoint import RunDirectory
-from dadvi.errors import InputError, ModelError
+from dadvi.checkpoint import RunDirectory, seconds_between
+from dadvi.errors import DataError, InputError, ModelError
 from dadvi.executors import ClientLike, make_executor, versions
-from dadvi.families import Family, MeanField, check_known, make_family
+from dadvi.families import Family, MeanField, check_known, family_from, make_family
+from dadvi.fingerprint import fingerprint, model_parts
 from dadvi.likelihood import CHECK_ROWS, BoundModel, bind_to, end_chunks
 from dadvi.memory import Budget, Need
 from dadvi.model import Model
@@ -42,8 +46,9 @@ def fit(
     max_passes: float | None = None,
     seed: int = 0,
     memory_budget: Budget = None,
-    run_dir: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | RunDirectory | None = None,
     overwrite: bool = False,
+    checkpoint_seconds: float = 60.0,
     progress: bool | None = None,
     callbacks: Iterable[Callable[[TraceRow], None]] = (),
 ) -> Posterior:
@@ -77,9 +82,12 @@ def fit(
         libraries: the chunks in hand, what a pass makes of them, and chunks kept for the next pass. None for a quarter
         of a worker's memory.
     run_dir
-        Directory to write the posterior, trace and settings to, when the fit has ended.
+        Directory for the settings, the trace, checkpoints and the posterior. A fit that is interrupted, or whose
+        cluster fails, goes on from there by `resume`.
     overwrite
         Whether an earlier run in `run_dir` may be replaced.
+    checkpoint_seconds
+        Seconds between checkpoints of stochastic ADVI, at most; the anchored solver writes one after every pass.
     progress
         Show progress on stderr: live on a terminal, else in lines; None shows it on a terminal only.
     callbacks
@@ -101,47 +109,213 @@ def fit(
     chosen = make_family(family)
     if not 0 < tol < np.inf:
         raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
-    if max_passes is not None and not 0 < max_passes < np.inf:
-        raise InputError(f"max_passes={max_passes}: it must be positive and finite")
+    _check_passes(max_passes)
     seed = whole_number("seed", seed)
-    coords = _coords(model, data)
     bound = bind_to(model, data)
     settings = _method(method, bound, data, chosen)
     directory = None
     if run_dir is not None:
         check_known(chosen)
-        directory = RunDirectory(run_dir, overwrite=overwrite)
-    settings.check(chosen)
-    need = Need.of(bound, data.manifest, settings.points_at_most, tangents_at_most(model), memory_budget)
-    with (
-        make_executor(bound, data, client, num_workers, need) as executor,
-        make_reporter(progress, settings.passes_at_most(data.manifest, max_passes), callbacks) as report,
-    ):
-        result = settings.fit(executor, chosen, tol=tol, max_passes=max_passes, seed=seed, report=report)
-    posterior = Posterior(
-        space=model.space,
-        unconstrained=result.q,
-        status=result.status,
-        reason=result.reason,
-        elbo=result.elbo,
-        passes=result.passes,
-        certificate=result.certificate,
-        records=result.trace,
-        curvature=result.curvature,
-        coords=coords,
-        settings={
-            "method": {"name": type(settings).__name__, **settings.describe()},
-            "family": chosen.describe(),
-            "tol": tol,
-            "max_passes": max_passes,
-            "seed": seed,
-            "data": {"location": str(data.location), "digest": data.digest, "num_rows": data.num_rows},
+        directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir, overwrite=overwrite)
+        directory.every = seconds_between(checkpoint_seconds)
+        directory.check()
+    task = _Task(bound, data, settings, chosen, tol, max_passes, seed)
+    return task.run(client, num_workers, memory_budget, directory, progress, callbacks)
+
+
+def resume(
+    run_dir: str | os.PathLike[str] | RunDirectory,
+    model: Model,
+    data: ShardedDataset,
+    *,
+    method: Method | None = None,
+    client: ClientLike = None,
+    num_workers: int | None = None,
+    memory_budget: Budget = None,
+    max_passes: float | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: bool | None = None,
+    callbacks: Iterable[Callable[[TraceRow], None]] = (),
+) -> Posterior:
+    """Go on with a fit that was interrupted, to the result that it would have had, to the bit.
+
+    A run that has ended is not fitted again: its posterior is read. One that stopped goes on if it is given more
+    passes.
+
+    Parameters
+    ----------
+    run_dir
+        What the fit was given.
+    model, data
+        What was fitted, and to what.
+    method
+        The settings of the method, if there was an object among them, such as a class of torch.optim.
+    client, num_workers, memory_budget
+        As in `fit`; the result does not depend on them.
+    max_passes
+        Passes at which the run now ends at the latest; None for as many as it was given at first. The learning rate
+        of stochastic ADVI keeps to the schedule that it was given at first.
+    checkpoint_seconds, progress, callbacks
+        As in `fit`.
+
+    Raises
+    ------
+    InputError
+        If there is no run, another process is at work on it, or the model, the data, the method or the version of
+        Python, torch or dadvi is not that of the run; the message names the difference.
+    DataError
+        If the checkpoint is damaged.
+
+    """
+    _check_types(model, data)
+    _check_passes(max_passes)
+    directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.existing(run_dir)
+    directory.every = seconds_between(checkpoint_seconds)
+    stored = directory.settings
+    _refuse_differences(stored, model, data)
+    chosen = family_from(stored["family"])
+    settings = _stored_method(stored, method)
+    max_passes = stored["max_passes"] if max_passes is None else max_passes
+    posterior = directory.posterior()
+    if posterior is not None and (posterior.status != "stopped" or posterior.settings["max_passes"] == max_passes):
+        return posterior
+    task = _Task(bind_to(model, data), data, settings, chosen, stored["tol"], max_passes, stored["seed"])
+    return task.run(client, num_workers, memory_budget, directory, progress, callbacks)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be fitted to what, and how; checked."""
+
+    bound: BoundModel
+    data: ShardedDataset
+    method: Method
+    family: Family
+    tol: float
+    max_passes: float | None
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings of the run as a JSON object."""
+        data = self.data
+        return {
+            "method": {"name": type(self.method).__name__, **self.method.describe()},
+            "family": self.family.describe(),
+            "tol": self.tol,
+            "max_passes": self.max_passes,
+            "seed": self.seed,
+            "data": {
+                "location": str(data.location),
+                "digest": data.digest,
+                "num_rows": data.num_rows,
+                "sample": _sample(data),
+            },
+            "model": model_parts(self.bound.model),
             "versions": versions(),
-        },
-    )
-    if directory is not None:
-        directory.write(posterior)
-    return posterior
+        }
+
+    def run(
+        self,
+        client: ClientLike,
+        num_workers: int | None,
+        memory_budget: Budget,
+        directory: RunDirectory | None,
+        progress: bool | None,
+        callbacks: Iterable[Callable[[TraceRow], None]],
+    ) -> Posterior:
+        """Fit, and write what there is to be kept to the directory, if there is one."""
+        coords = _coords(self.bound.model, self.data)
+        self.method.check(self.family)
+        settings = self.describe() if directory is None else {**self.describe(), "origin": directory.origin}
+        fit = partial(self.method.fit, tol=self.tol, max_passes=self.max_passes, seed=self.seed)
+        passes = self.method.passes_at_most(self.data.manifest, self.max_passes)
+        points, tangents = self.method.points_at_most, tangents_at_most(self.bound.model)
+        need = Need.of(self.bound, self.data.manifest, points, tangents, memory_budget)
+        with directory or nullcontext():
+            if directory is not None:
+                directory.begin(settings)
+                callbacks = [directory.append, *callbacks]
+            with (
+                make_executor(self.bound, self.data, client, num_workers, need) as executor,
+                make_reporter(progress, passes, callbacks) as report,
+            ):
+                result = fit(executor, self.family, report=report, journal=directory)
+            posterior = Posterior(
+                space=self.bound.model.space,
+                unconstrained=result.q,
+                status=result.status,
+                reason=result.reason,
+                elbo=result.elbo,
+                passes=result.passes,
+                certificate=result.certificate,
+                records=result.trace,
+                curvature=result.curvature,
+                coords=coords,
+                settings=settings,
+            )
+            if directory is not None:
+                directory.finish(posterior)
+        return posterior
+
+
+def _sample(data: ShardedDataset) -> str:
+    """Return a digest of the first and the last chunk: what tells data from others of the same size and kind."""
+    return fingerprint([dict(sorted(data.read(chunk).items())) for chunk in end_chunks(data)])
+
+
+def _refuse_differences(stored: Mapping[str, Any], model: Model, data: ShardedDataset) -> None:
+    """Refuse to go on with other versions, another model or other data than a run began with."""
+    now = versions()
+    for name, version in stored["versions"].items():
+        if now.get(name) != version:
+            raise InputError(f"the run was made by {name} {version}, and this is {now.get(name)}; use that version")
+    parts = model_parts(model)
+    changed = [name for name in {**stored["model"], **parts} if stored["model"].get(name) != parts.get(name)]
+    if changed:
+        raise ModelError(
+            f"the model is not that of the run: they differ in {', '.join(changed)}; give the model of the run, or "
+            "fit anew"
+        )
+    was, location = stored["data"], data.location
+    if data.num_rows != was["num_rows"]:
+        raise DataError(f"{location} has {data.num_rows} rows, and the run's data had {was['num_rows']}; fit anew")
+    if data.digest != was["digest"]:
+        raise DataError(
+            f"the metadata of {location} have the digest {data.digest}, and those of the run's data at "
+            f"{was['location']} had {was['digest']}: fields, chunks or origin differ; give the run's data, or fit anew"
+        )
+    if _sample(data) != was["sample"]:
+        raise DataError(f"the rows of {location} are not those of the run's data; give the run's data, or fit anew")
+
+
+def _stored_method(stored: Mapping[str, Any], given: Method | None) -> Method:
+    """Return the method of a run, from its description, or as it is given."""
+    described = dict(stored["method"])
+    name = described.pop("name")
+    if given is None:
+        kind: type[Method] = {"Anchored": Anchored, "ADVI": ADVI}[name]
+        objects = [setting for setting, value in described.items() if isinstance(value, dict)]
+        if objects:
+            raise InputError(
+                f"{objects[0]} of the run was {described[objects[0]]['object']}, an object; give method=, with the "
+                "settings of the run"
+            )
+        return kind(**described)
+    told = {"name": type(given).__name__, **given.describe()}
+    changed = [
+        setting for setting in {**stored["method"], **told} if stored["method"].get(setting) != told.get(setting)
+    ]
+    if changed:
+        what = changed[0]
+        raise InputError(
+            f"the method is not that of the run: {what} is {told.get(what)!r} and was {stored['method'].get(what)!r}"
+        )
+    return given
+
+
+def _check_passes(max_passes: float | None) -> None:
+    if max_passes is not None and not 0 < max_passes < np.inf:
+        raise InputError(f"max_passes={max_passes}: it must be positive and finite")
 
 
 def full_gradient(

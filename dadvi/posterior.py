@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dadvi.errors import DataError, InputError
 from dadvi.executors import ClientLike, Executor, make_executor
-from dadvi.families import STORED_FAMILIES, Family, Gaussian, MeanField, check_known
+from dadvi.families import Gaussian, MeanField, check_known, family_from
 from dadvi.likelihood import bind_to
 from dadvi.model import Model
 from dadvi.quadratic import Certificate, Curvature
@@ -412,8 +412,6 @@ def load_posterior(location: Location, storage_options: Options = None) -> Poste
 
 
 def _from_json(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> Posterior:
-    settings = dict(document["family"])
-    family: Family = STORED_FAMILIES[settings.pop("name")](**settings)
     certificate = document["certificate"]
     arrays = {name: torch.from_numpy(value) for name, value in params.items()}
     of_curvature = {name.removeprefix(CURVATURE): each for name, each in arrays.items() if name.startswith(CURVATURE)}
@@ -421,7 +419,10 @@ def _from_json(document: Mapping[str, Any], params: Mapping[str, np.ndarray]) ->
         space=LatentSpace.of(
             {site["name"]: (site["shape"], support_from_json(site["support"])) for site in document["sites"]}
         ),
-        unconstrained=Gaussian(family, {name: each for name, each in arrays.items() if not name.startswith(CURVATURE)}),
+        unconstrained=Gaussian(
+            family_from(document["family"]),
+            {name: each for name, each in arrays.items() if not name.startswith(CURVATURE)},
+        ),
         status=document["status"],
         reason=document["reason"],
         elbo=float(document["elbo"]),

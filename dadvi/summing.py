@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from dadvi.errors import DataError, InputError, WorkError
+from dadvi.errors import DataError, InputError, ModelError, WorkError
 from dadvi.likelihood import BoundModel, concatenated
 from dadvi.passes import Pass, single_thread
 from dadvi.sharding import Manifest
@@ -46,8 +46,10 @@ def sum_shard(
     ------
     DataError
         If a row is refused, or a chunk cannot be read; with shard and chunk.
+    ModelError
+        If the likelihood fails on some rows; with shard and chunk.
     WorkError
-        If the pass fails; with shard and chunk.
+        If memory runs out, or a store cannot be read at the moment; with shard and chunk.
 
     """
     watch = watch or Stopwatch()
@@ -92,7 +94,9 @@ def _told_where(work: Pass[Sums], manifest: Manifest, members: Sequence[int]) ->
         what = f"chunk {last}" if len(members) == 1 else f"chunks {members[0]} to {last}"
         where = f"shard {shard}, {what} (rows {manifest.rows(members[0])[0]} to {manifest.rows(last)[1] - 1})"
         if not isinstance(error, IndexError):
-            raise WorkError(f"pass {work.name!r} failed on {where}: {type(error).__name__}: {error}") from error
+            # What the likelihood raises on these rows it will raise again; memory, or a store, may come back.
+            kind = WorkError if isinstance(error, WorkError | MemoryError) else ModelError
+            raise kind(f"pass {work.name!r} failed on {where}: {type(error).__name__}: {error}") from error
         codes = {
             name: f"{int(values.min())} to {int(values.max())}"
             for name, values in (concatenated(read) if read else {}).items()

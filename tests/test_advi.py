@@ -413,5 +413,5 @@ def test_settings_describe_themselves_as_json():
     described = dadvi.ADVI(optimizer=torch.optim.NAdam, averaging=PolynomialAveraging(3.0), batch_rows=512).describe()
     assert json.loads(json.dumps(described)) == described
     assert described["batch_rows"] == 512
-    assert "NAdam" in described["optimizer"]
+    assert "NAdam" in described["optimizer"]["object"]
     assert set(described) == {each.name for each in fields(dadvi.ADVI)}

@@ -50,13 +50,13 @@ def assert_elbo_never_falls(posterior, negligible=0.0):
 
 @pytest.fixture
 def visits(monkeypatch):
-    """Record (q, certificate) of every round."""
+    """Record (phase, q, certificate, start of the run) of every round."""
     seen = []
     record = anchored._Rounds.record
 
-    def spy(run, here, certificate, phase="round"):
-        seen.append((phase, here.q, certificate, run))
-        record(run, here, certificate, phase)
+    def spy(run, state, there, phase="round"):
+        seen.append((phase, there.q, state.certificate, state.start))
+        return record(run, state, there, phase)
 
     monkeypatch.setattr(anchored._Rounds, "record", spy)
     return seen
@@ -284,7 +284,7 @@ def test_groups_that_the_subsample_hardly_sees(write, visits):
     data = write(fields, chunk_rows=100)
     method = dadvi.Anchored(subsample_rows=800)
     posterior = dadvi.fit(model, data, method=method, client="serial", tol=0.05)
-    assert visits[0][3]._curvature_from == "data"
+    assert visits[0][3].scales is not None  # the curvature is that of all the data
     assert posterior.status == "converged", posterior.reason
     assert posterior.passes <= 8
     assert_elbo_never_falls(posterior)
@@ -302,7 +302,7 @@ def test_a_subsample_that_sees_every_latent_gives_the_curvature(write, visits):
     data = write(fields, chunk_rows=100)
     for rows, source in ((8_000, "subsample"), (800, "data")):
         dadvi.fit(logistic_model(3), data, method=dadvi.Anchored(subsample_rows=rows), client="serial")
-        assert visits[-1][3]._curvature_from == source
+        assert (visits[-1][3].scales is not None) == (source == "data")
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------
@@ -376,8 +376,10 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     assert trace.elbo[1] < trace.elbo[0]
     assert math.isnan(trace.certificate[1])
     (first, second), sds = calls[:2], target.optimum("full_rank").sd
-    assert second[0] is first[0]
-    assert second[1] is first[1]
+    assert torch.equal(second[0].loc, first[0].loc)
+    assert torch.equal(second[0].stddev, first[0].stddev)
+    there = torch.stack([first[0].loc, 0 * first[0].loc])
+    assert torch.equal(second[1].log_lik(there)[0], first[1].log_lik(there)[0])
     assert first[2] == math.inf
     length = ((visits[1][1].loc - first[0].loc) / first[3]).abs().max()
     assert second[2] == pytest.approx(float(length) / 4)

@@ -38,6 +38,8 @@ ORDER = [
     "descent",
     "optim",
     "posterior",
+    "records",
+    "fingerprint",
     "checkpoint",
     "control",
     "advi",

@@ -162,7 +162,8 @@ def on_a_terminal(arguments: list[str], cwd: Path) -> tuple[str, int, str]:
     return shown.decode(), process.returncode, out
 
 
-def test_an_interrupted_fit_leaves_nothing(world, tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_fit_tells_how_to_go_on(world, tmp_path, signal_number):
     arguments = command(
         *["fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--serial"],
         *["--method", "advi", "--tol", "1e-9", "--max-passes", "100000"],
@@ -171,12 +172,15 @@ def test_an_interrupted_fit_leaves_nothing(world, tmp_path):
         arguments, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert "passes" in process.stderr.readline()  # the first line: it runs
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal_number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == STOPPED
     assert out == ""
+    assert err.splitlines()[-1] == f"interrupted; go on with: dadvi resume {tmp_path / 'run'}"
     assert "Traceback" not in err
-    assert listing(tmp_path) == {}
+    ran = dadvi("resume", tmp_path / "run", "--serial", "--max-passes", 1)
+    assert ran.code == STOPPED, ran.err
+    assert ran.out == f"{tmp_path / 'run' / 'posterior.zarr'}\n"
 
 
 # A fit in this process ------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def test_an_interrupted_fit_leaves_nothing(world, tmp_path):
 
 def test_the_run_directory_holds_posterior_trace_and_settings(world):
     run = world / "run"
-    assert sorted(path.name for path in run.iterdir()) == ["posterior.zarr", "settings.json", "trace.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["model.py", "posterior.zarr", "settings.json", "trace.jsonl"]
     posterior = package.load_posterior(run / "posterior.zarr")
     settings = json.loads((run / "settings.json").read_text())
     assert settings == posterior.settings

@@ -259,7 +259,7 @@ def test_the_distance_of_a_stretch_is_the_rms_over_its_iterates():
     rng, stretch = np.random.default_rng(0), _Stretch()
     iterates, weights = 3.0 + rng.standard_normal((30, 2 * 4)), rng.integers(1, 4, 30)
     for iterate, weight in zip(iterates, weights, strict=True):
-        stretch.add(int(weight), -1.0, iterate)
+        stretch = stretch.add(int(weight), -1.0, iterate)
     point = rng.standard_normal(4)
     squares = np.square(iterates[:, :4] - point).mean(1)
     assert stretch.distance(point) == pytest.approx(math.sqrt(np.average(squares, weights=weights)), rel=1e-12)

@@ -118,7 +118,9 @@ def test_it_ends_at_the_optimum_of_the_mean_whatever_the_curvature(executor, fac
     q = start_of(executor)
     noise = noise_of(q.dim)
     values = []
-    found = descend(executor, q, bad_curvature(executor, q, noise, factor), noise, 1e-6, 400, values.append)
+    found = descend(
+        executor, q, bad_curvature(executor, q, noise, factor), noise, 1e-6, 400, lambda seen: values.append(seen.value)
+    )
     mean, best, sd = optimum_of(executor, noise, q)
     assert float(((q.loc - mean) / sd).abs().max()) > 3  # it was far
     assert float(((found.loc - mean) / sd).abs().max()) < 1e-3
@@ -130,7 +132,9 @@ def test_reports_are_expected_log_joints_at_the_draws(executor):
     q = start_of(executor)
     noise, values = noise_of(q.dim), []
     before = executor.rows_read
-    descend(executor, q, bad_curvature(executor, q, noise, 1.0), noise, 1e-6, 30, values.append)
+    descend(
+        executor, q, bad_curvature(executor, q, noise, 1.0), noise, 1e-6, 30, lambda seen: values.append(seen.value)
+    )
     assert values[0] == pytest.approx(expected_log_joint(executor, q, noise)[0], rel=1e-12)
     assert executor.rows_read - before == len(values) * executor.data.num_rows
 
@@ -140,7 +144,7 @@ def test_no_more_evaluations_than_allowed(executor, max_passes):
     q = start_of(executor)
     noise, values = noise_of(q.dim), []
     curvature = bad_curvature(executor, q, noise, 1e2)
-    found = descend(executor, q, curvature, noise, 1e-9, max_passes, values.append)
+    found = descend(executor, q, curvature, noise, 1e-9, max_passes, lambda seen: values.append(seen.value))
     assert 1 <= len(values) <= max_passes
     if max_passes == 1:
         assert found is None
@@ -158,7 +162,15 @@ def test_nothing_better_than_the_optimum_is_found(executor):
     mean, _, _ = optimum_of(executor, noise, q)
     there = Gaussian(MeanField(), {**q.params, "loc": mean})
     values = []
-    found = descend(executor, there, bad_curvature(executor, there, noise, 1.0), noise, 1e-3, 30, values.append)
+    found = descend(
+        executor,
+        there,
+        bad_curvature(executor, there, noise, 1.0),
+        noise,
+        1e-3,
+        30,
+        lambda seen: values.append(seen.value),
+    )
     assert found is None or expected_log_joint(executor, found, noise)[0] - values[0] < 1e-8
 
 
@@ -181,7 +193,15 @@ def test_with_the_right_curvature_a_quadratic_takes_one_line_search(write):
     q = Gaussian(MeanField(), {"loc": loc + 5 * sd, "log_scale": sd.log()})
     exact = orthogonal(10, 5, np.random.default_rng(0))
     values = []
-    found = descend(executor, q, Curvature.dense(precision), Noise(exact, exact, exact), 1e-3, 50, values.append)
+    found = descend(
+        executor,
+        q,
+        Curvature.dense(precision),
+        Noise(exact, exact, exact),
+        1e-3,
+        50,
+        lambda seen: values.append(seen.value),
+    )
     assert len(values) <= 6  # L-BFGS begins with a step of one sd, and is 5 √5 sds away
     assert float(((found.loc - loc) / sd).abs().max()) < 1e-3
 
@@ -194,9 +214,9 @@ def test_it_stops_where_the_curvature_says_that_it_is_near(write):
     curvature = bad_curvature(executor, Gaussian(MeanField(), {**q.params, "loc": mean}), noise, 1.0)
     lengths = []
     for distance in (1.0, 1e-2, 1e-5):
-        values = []
-        found = descend(executor, q, curvature, noise, distance, 200, values.append)
-        lengths.append(len(values))
+        evaluations = []
+        found = descend(executor, q, curvature, noise, distance, 200, evaluations.append)
+        lengths.append(len(evaluations))
         grad = expected_log_joint(executor, found, noise)[1]
         predicted = float((curvature.solve(grad) / curvature.stddev).abs().max())
         assert predicted <= distance
@@ -214,7 +234,7 @@ def test_values_that_are_not_finite_turn_the_search_back(write):
     q = Gaussian(MeanField(), {"loc": torch.tensor([-3.0]).double(), "log_scale": torch.tensor([-4.0]).double()})
     values = []
     curvature = Curvature.diagonal(torch.tensor([0.01], dtype=torch.float64))
-    found = descend(executor, q, curvature, noise_of(1), 1e-6, 60, values.append)
+    found = descend(executor, q, curvature, noise_of(1), 1e-6, 60, lambda seen: values.append(seen.value))
     assert not np.isfinite(values).all()
     assert found is not None
     # 50 (x̄ − a) − 2.5/(1.5 − a) − a/9 = 0, but for the width of q

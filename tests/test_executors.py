@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from clusters import local_client
-from faults import ScriptedDataset
+from scripted import ScriptedDataset
 from torch.distributions import Bernoulli, HalfNormal, Normal
 from zarr.storage import MemoryStore
 
 import dadvi
 from dadvi import executors
-from dadvi.errors import ClusterError, DataError, InputError, WorkError
+from dadvi.errors import ClusterError, DataError, InputError, ModelError, WorkError
 from dadvi.executors import DaskExecutor, SerialExecutor, check_workers, connect, make_executor, versions
 from dadvi.fit import bind_to
 from dadvi.passes import Gradient, HessianVector, LogLik, Pass
@@ -151,7 +151,7 @@ class BrokenPass(Pass):
 
 
 def test_a_pass_that_fails_is_named_with_label_shard_and_chunk(make, bound, data):
-    with make(bound, data) as executor, pytest.raises(WorkError) as caught:
+    with make(bound, data) as executor, pytest.raises(ModelError) as caught:
         executor.run(BrokenPass(), [12, 13], label="certificate")
     for part in ("certificate", "'broken'", "shard 4, chunk 13", "rows 130 to 139", "ZeroDivisionError"):
         assert part in str(caught.value)

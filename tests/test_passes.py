@@ -9,7 +9,7 @@ import zarr
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
-from dadvi.errors import DataError, InputError, WorkError
+from dadvi.errors import DataError, InputError, ModelError
 from dadvi.executors import SerialExecutor
 from dadvi.fit import bind_to
 from dadvi.passes import Gradient, GradientSums, HessianVector, LogLik, add, scale, tree_sum
@@ -234,7 +234,7 @@ def test_errors_name_pass_shard_chunk_and_rows(write):
 
     bad.model.row_function = fails_on_group_2
     assert SerialExecutor(bound, data).run(LogLik(np.zeros((1, 4)))).log_lik == 0.0
-    with pytest.raises(WorkError) as caught:
+    with pytest.raises(ModelError) as caught:
         SerialExecutor(bad, data).run(LogLik(np.zeros((1, 4))), label="step 7")
     for part in ("step 7", "'log_lik'", "shard 2, chunk 4", "rows 16 to 19", "ArithmeticError: not that one"):
         assert part in str(caught.value)

@@ -1,0 +1,114 @@
+"""Fits that are interrupted: after a given number of passes, or by a signal, in a process of their own.
+
+Run as a program, ``interrupted.py DATA RUN CASE`` begins a fit in the directory RUN, or goes on with it.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import targets
+import torch
+from torch.distributions import Bernoulli, HalfNormal, Normal
+
+import dadvi
+from dadvi.executors import SerialExecutor
+
+GROUPS = 20
+
+CASES: dict[str, dict[str, Any]] = {
+    "surrogate": {"method": dadvi.Anchored(subsample_rows=400, curvature="subsample"), "tol": 0.001},
+    "hierarchy": {"method": dadvi.Anchored(subsample_rows=400, curvature="data"), "tol": 0.01},
+    "full rank": {"method": dadvi.Anchored(subsample_rows=400), "family": "full_rank", "tol": 0.01},
+    "adam": {"method": dadvi.ADVI(batch_rows=400, subsample_rows=400), "max_passes": 8},
+    "anchor": {"method": dadvi.ADVI(batch_rows=200, subsample_rows=400, control_variate="anchor"), "max_passes": 8},
+    "dowg": {
+        "method": dadvi.ADVI(batch_rows=400, subsample_rows=400, optimizer="dowg", averaging="polynomial"),
+        "max_passes": 6,
+    },
+    "proximal": {
+        "method": dadvi.ADVI(batch_rows=400, subsample_rows=400, optimizer="proximal", control_variate="anchor"),
+        "family": "full_rank",
+        "max_passes": 6,
+    },
+    "low rank": {
+        "method": dadvi.ADVI(batch_rows=400, subsample_rows=400, optimizer=torch.optim.Adagrad, schedule="constant"),
+        "family": dadvi.LowRank(rank=3),
+        "max_passes": 5,
+    },
+}
+"""Settings of fits, by name."""
+
+
+def fields(num_rows: int = 4_000, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return a regression with effects of groups."""
+    rng = np.random.default_rng(seed)
+    x, group = rng.standard_normal((num_rows, 3)), rng.integers(0, GROUPS, num_rows)
+    logits = x @ [1.0, -0.5, 0.3] + rng.standard_normal(GROUPS)[group]
+    return {"x": x, "group": group, "y": rng.random(num_rows) < 1 / (1 + np.exp(-logits))}
+
+
+def model(case: str = "adam", prior_sd: float = 2.0) -> dadvi.Model:
+    """Return a logistic regression; for the case of a hierarchy one with effects of groups."""
+    if case != "hierarchy":
+        return dadvi.Model(
+            prior={"a": Normal(0.0, 2.0), "beta": Normal(torch.zeros(3), prior_sd)},
+            likelihood=lambda a, beta, x: Bernoulli(logits=a + x @ beta),
+            observed="y",
+        )
+    return dadvi.Model(
+        prior={
+            "tau": HalfNormal(1.0),
+            "effect": lambda tau: Normal(torch.zeros(GROUPS), tau),
+            "beta": Normal(torch.zeros(3), prior_sd),
+        },
+        likelihood=lambda effect, beta, x, group: Bernoulli(logits=x @ beta + effect[group]),
+        observed="y",
+    )
+
+
+@contextmanager
+def after_passes(number: float, error: BaseException | type[BaseException] = KeyboardInterrupt) -> Iterator[list[int]]:
+    """Stop the passes of this process with an error, before the given one; yield a list of one count of them."""
+    real, count = SerialExecutor.run, [0]
+
+    def run(executor: SerialExecutor, *arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        if count[0] == number:
+            raise error
+        return real(executor, *arguments, **options)
+
+    with mock.patch.object(SerialExecutor, "run", run):
+        yield count
+
+
+def told(posterior: dadvi.Posterior) -> tuple[Any, ...]:
+    """Return all that a fit found, to the bit, but for the seconds it took."""
+    trace = posterior.trace
+    timed = [name for name in trace.columns if name in targets.TIMES]
+    params = {name: value.numpy().tobytes() for name, value in posterior.unconstrained.params.items()}
+    ended = (posterior.status, posterior.reason, posterior.elbo, posterior.passes, posterior.certificate)
+    return params, repr(ended), trace.drop(columns=timed).to_csv()
+
+
+def begin_or_go_on(data: Path, run: Path, case: str, every: float = 60.0) -> dadvi.Posterior:
+    """Go on with the run, or begin it if it has not begun; a checkpoint every so many seconds."""
+    settings, opened = CASES[case], dadvi.open_shards(data)
+    if (run / "settings.json").exists():
+        return dadvi.resume(
+            run, model(case), opened, client="serial", method=settings["method"], checkpoint_seconds=every
+        )
+    again = run.exists()  # killed before it had written what it was
+    return dadvi.fit(
+        model(case), opened, client="serial", run_dir=run, overwrite=again, checkpoint_seconds=every, seed=3, **settings
+    )
+
+
+if __name__ == "__main__":
+    begin_or_go_on(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], every=0.05)
+    os._exit(0)
