@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch, c
         real(descriptor)
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(WorkError, match="cannot write .*No space left on device.*resume"):
+    with pytest.raises(WorkError, match=r"cannot write .*No space left on device.*resume"):
         dadvi.fit(interrupted.model(case), data, client="serial", run_dir=run, checkpoint_seconds=0.0, **CASES[case])
     monkeypatch.setattr(checkpoint.os, "fsync", real)
     assert not list(run.glob(".*"))
