@@ -2,7 +2,8 @@
 
 A logistic regression is fitted by anchored rounds with a run directory, and every checkpoint is timed. A gradient pass
 that reads every chunk is timed on the data with checksums, as dadvi writes them, and on the same arrays without, in
-turns. Figures are the least of the turns, which other work on the machine disturbs least. The file system's cache holds both, so that the checksum's share is at its largest.
+turns. Figures of passes are the least of the turns, which other work on the machine disturbs least; that of checkpoints
+is their median. The file system's cache holds the data, so that the checksum's share is at its largest.
 """
 
 import argparse

@@ -22,6 +22,7 @@ ORDER = [
     "structure",
     "passes",
     "executors",
+    "nonfinite",
     "families",
     "elbo",
     "quadrature",
