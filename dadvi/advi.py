@@ -26,6 +26,7 @@ from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family, Gaussian, MeanField, Params
 from dadvi.fingerprint import ADDRESS, fingerprint
+from dadvi.nonfinite import first_nonfinite
 from dadvi.optim import (
     Averaging,
     OptimizerFactory,
@@ -324,6 +325,7 @@ class _Search:
         self.trouble = ""
         self._started = time.perf_counter()
         self._moving = False
+        self._draws = torch.empty(0)  # of the last step (K, D)
         self._subsample = sampling.subsample(manifest, sampling.chunks_for(manifest, settings.subsample_rows), seed)
         self._other_rows = int(manifest.chunk_sizes[self._subsample].sum())
 
@@ -484,7 +486,8 @@ class _Search:
         if not (math.isfinite(est.elbo) and all(bool(g.isfinite().all()) for g in grad.values())):
             self.state = state = replace(state, skipped=state.skipped + 1)
             if state.skipped >= MAX_SKIPPED:
-                self.trouble = f"{state.skipped} steps in a row up to step {state.step} had no finite gradient"
+                trouble = f"{state.skipped} steps in a row up to step {state.step} had no finite gradient"
+                self.trouble = "; ".join(filter(None, [trouble, first_nonfinite(self.executor, self._draws, chunks)]))
             return
         best = est.elbo - ALLOWED_FALL * self.executor.data.num_rows if state.step == 1 else state.best_elbo
         self._moving = True  # from here on θ and the state are not of the same step
@@ -523,6 +526,7 @@ class _Search:
 
         def scaled_log_joint(eta: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal control
+            self._draws = eta
             points = eta.numpy() if control is None else control.points(eta)
             check = self.state.epoch == 0
             sums = self.executor.run(Gradient(points), chunks, check=check, label=f"step {step}")

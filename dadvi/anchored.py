@@ -39,6 +39,7 @@ from dadvi.local import (
     iterate,
     solve,
 )
+from dadvi.nonfinite import first_nonfinite
 from dadvi.passes import HessianVector, single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.probing import find_structure
@@ -185,7 +186,8 @@ class Anchored:
         run = _Rounds(self, executor, family, tol, passes, seed, report, journal or NoJournal())
         state = run.begin()
         if not (math.isfinite(state.here.seen.elbo) and state.here.seen.grad.isfinite().all()):
-            return run.fitted(state, "diverged", "the log posterior is not finite at the first anchor")
+            reason = "the log posterior is not finite at the first anchor"
+            return run.fitted(state, "diverged", "; ".join(filter(None, [reason, run.second_look(state)])))
         while True:
             state = run.keep(state)
             aim = run.aim(state)
@@ -536,6 +538,11 @@ class _Rounds:
     def _add(self, state: _State, row: TraceRow) -> _State:
         self._report(row)
         return replace(state, trace=(*state.trace, row))
+
+    def second_look(self, state: _State) -> str:
+        """Return in words which row made the log-likelihood infinite or nan, at q's mean (draw 0) or its draws."""
+        q = state.here.q
+        return first_nonfinite(self.executor, torch.cat([q.loc[None], q.transform(state.noise.likelihood.nodes)]))
 
     def fitted(self, state: _State, status: Status, reason: str) -> Fitted:
         """Return the result."""

@@ -286,8 +286,8 @@ class RunDirectory:
 
     def finish(self, posterior: Posterior) -> None:
         """Write the results. The checkpoint of a run that stopped is kept, for it can be taken further."""
+        partial = self.path / f".{POSTERIOR}{PARTIAL}"
         try:
-            partial = self.path / f".{POSTERIOR}{PARTIAL}"
             posterior.save(partial, overwrite=True)
             for file in sorted(partial.rglob("*")):
                 _flush(file)
@@ -301,6 +301,7 @@ class RunDirectory:
                 (self.path / CHECKPOINT).unlink(missing_ok=True)
             _flush(self.path)
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise _cannot_write(self.path / POSTERIOR, error) from error
 
     def _write_trace(self, rows: Iterable[TraceRow]) -> None:

@@ -25,6 +25,7 @@ ORDER = [
     "summing",
     "memory",
     "executors",
+    "nonfinite",
     "families",
     "elbo",
     "quadrature",
