@@ -1,7 +1,8 @@
 """The command line, for scripted batch jobs: ``dadvi ingest``, ``dadvi fit``, ``dadvi summary``.
 
-What a person reads goes to stderr; stdout is the result. Exit codes: 0 converged or done, 1 internal error, 2 bad
-input or usage, 3 stopped before convergence (the result is saved), 4 diverged.
+What a person reads goes to stderr; stdout is the result. An option is taken from the command line, else from an
+environment variable ``DADVI_OPTION``, else, for a fit, from its job file. Exit codes: 0 converged or done, 1 internal
+error, 2 bad input or usage, 3 stopped before convergence (the result is saved), 4 diverged.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from dataclasses import asdict
 from enum import IntEnum, StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
@@ -26,14 +27,19 @@ from rich.text import Text
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.checkpoint import POSTERIOR
+from dadvi.checkpoint import POSTERIOR, RunDirectory
 from dadvi.errors import DadviError, InputError, ModelError
-from dadvi.fit import Method
+from dadvi.families import make_family
+from dadvi.fit import Method, check_limits
 from dadvi.fit import fit as run_fit
+from dadvi.jobs import read_job
 from dadvi.model import Model
+from dadvi.plan import Plan, make_plan
 from dadvi.posterior import Posterior, load_posterior
+from dadvi.progress import Lines, Meter
 from dadvi.sharding import ShardedDataset, open_shards
 from dadvi.sharding import ingest as run_ingest
+from dadvi.types import whole_number
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +47,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # frames around errors would break their lines, in logs too
 )
+
+_ENVIRONMENT = {"auto_envvar_prefix": "DADVI"}
+"""Settings of every command: options may come from DADVI_OPTION."""
 
 
 class ExitCode(IntEnum):
@@ -94,7 +103,7 @@ def _options(
     """Fit Bayesian models to data too large for memory, on a Dask cluster, with a certificate."""
 
 
-@app.command()
+@app.command(context_settings=_ENVIRONMENT)
 def ingest(
     sources: Annotated[
         list[str],
@@ -141,8 +150,19 @@ def ingest(
     typer.echo(str(data.location))
 
 
-@app.command()
+def _read_config(context: typer.Context, config: Path | None) -> Path | None:
+    """Make the values of a job file the defaults of the options that come after it."""
+    if config is not None:
+        options = get_type_hints(fit)
+        for name in ("context", "config", "return"):
+            del options[name]
+        context.default_map = read_job(config, options)
+    return config
+
+
+@app.command(context_settings=_ENVIRONMENT)
 def fit(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -205,7 +225,23 @@ def fit(
             rich_help_panel=_ADVI,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")] = False,
+    config: Annotated[  # noqa: ARG001  its callback has read it
+        Path | None,
+        typer.Option(
+            metavar="JOB.toml",
+            callback=_read_config,
+            is_eager=True,  # before the options whose defaults it gives
+            help='Options from a TOML file: model = "model.py:flights", max_passes = 40, ...; those given here win.',
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input and print the plan: sizes, method, passes, memory.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as one JSON object.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell the plan, and every step in a line of its own.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only how the fit ended.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Fit a model to a data set and write the posterior. Prints where it is.
@@ -215,10 +251,15 @@ def fit(
     Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved),
     4 diverged.
     """
-    if sum([scheduler is not None, workers is not None, serial]) > 1:
+    given = _nearest(context, {"scheduler": scheduler, "workers": workers, "serial": serial or None})
+    if len(given) > 1:
         raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
+    scheduler, workers, serial = given.get("scheduler"), given.get("workers"), bool(given.get("serial"))
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
+    if len(told := _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})) > 1:
+        raise InputError("--verbose and --quiet exclude one another; give one of them")
+    verbose, quiet = "verbose" in told, "quiet" in told
     settings = _method(
         method,
         batch_rows=batch_rows,
@@ -233,6 +274,16 @@ def fit(
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
     with _naming_line(_model_path(model)):
+        if dry_run or verbose:
+            check_limits(tol, max_passes)
+            whole_number("seed", seed)
+            RunDirectory(out, overwrite=overwrite)  # refuses what cannot be written to
+            plan = make_plan(loaded, dataset, method=settings, family=make_family(family.value), max_passes=max_passes)
+        if dry_run:
+            typer.echo(_dumps(asdict(plan)) if json else _told(plan))
+            return
+        if verbose:
+            _say(_told(plan))
         posterior = run_fit(
             loaded,
             dataset,
@@ -245,18 +296,52 @@ def fit(
             seed=seed,
             run_dir=out,
             overwrite=overwrite,
-            progress=not quiet,
+            progress=not (quiet or verbose),
+            callbacks=[Lines(Meter(plan.passes_at_most), seconds=0.0)] if verbose else (),
         )
+    tell_end(posterior, out / POSTERIOR, as_json=json)
+
+
+def tell_end(posterior: Posterior, where: Path, *, as_json: bool) -> None:
+    """Tell how a fit ended, print where its posterior is, and exit with the code of its status."""
     seconds = posterior.records[-1].seconds if posterior.records else 0.0
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
     _say(f"{posterior.status}: {posterior.reason}{distance} ({posterior.passes:.1f} passes, {seconds:.1f} s)")
-    typer.echo(str(out / POSTERIOR))
+    typer.echo(_dumps({**_ending(posterior), "posterior": str(where.resolve())}) if as_json else str(where))
     codes = {"converged": ExitCode.CONVERGED, "stopped": ExitCode.STOPPED, "diverged": ExitCode.DIVERGED}
     raise typer.Exit(codes[posterior.status])
 
 
-@app.command()
+def _nearest(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of some options that exclude one another which were given nearest to the user.
+
+    Thus ``--serial`` on the command line puts aside DADVI_SCHEDULER, and either of them the ``workers`` of a job file.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for source in ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP"):
+        here = {
+            name: value
+            for name, value in given.items()
+            if (found := context.get_parameter_source(name)) is not None and found.name == source
+        }
+        if here:
+            return here
+    return {}
+
+
+def _told(plan: Plan) -> str:
+    """Return a plan as lines of a name and a value."""
+
+    def text(name: str, value: str | float) -> str:
+        if "bytes" in name:
+            return f"{float(value) / 2**20:,.1f} MiB"
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else value
+
+    return "\n".join(f"{name.replace('_', ' '):<16} {text(name, value)}" for name, value in asdict(plan).items())
+
+
+@app.command(context_settings=_ENVIRONMENT)
 def summary(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a saved posterior.")
@@ -284,26 +369,32 @@ def summary(
 
 def summary_json(posterior: Posterior) -> str:
     """Return the summary and how the fit ended as one JSON object; null stands for what is not a finite number."""
+    latents = {
+        latent: {str(name): _finite(value) for name, value in row.items()}
+        for latent, row in posterior.summary().to_dict(orient="index").items()
+    }
+    return _dumps({**_ending(posterior), "latents": latents})
+
+
+def _ending(posterior: Posterior) -> dict[str, Any]:
+    """Return how a fit ended as a JSON object."""
     certificate = posterior.certificate
-    latents = posterior.summary().to_dict(orient="index")
-    return json.dumps(
-        {
-            "status": posterior.status,
-            "reason": posterior.reason,
-            "elbo": _finite(posterior.elbo),
-            "passes": posterior.passes,
-            "certificate": None
-            if certificate is None
-            else {name: _finite(value) for name, value in asdict(certificate).items()},
-            "family": posterior.unconstrained.family.name,
-            "tol": posterior.settings.get("tol"),
-            "num_rows": posterior.settings.get("data", {}).get("num_rows"),
-            "latents": {
-                latent: {str(name): _finite(value) for name, value in row.items()} for latent, row in latents.items()
-            },
-        },
-        allow_nan=False,
-    )
+    return {
+        "status": posterior.status,
+        "reason": posterior.reason,
+        "elbo": _finite(posterior.elbo),
+        "passes": posterior.passes,
+        "certificate": None
+        if certificate is None
+        else {name: _finite(value) for name, value in asdict(certificate).items()},
+        "family": posterior.unconstrained.family.name,
+        "tol": posterior.settings.get("tol"),
+        "num_rows": posterior.settings.get("data", {}).get("num_rows"),
+    }
+
+
+def _dumps(document: dict[str, Any]) -> str:
+    return json.dumps(document, allow_nan=False)
 
 
 def _finite(value: float) -> float | None:

@@ -41,6 +41,8 @@ ORDER = [
     "anchored",
     "progress",
     "fit",
+    "jobs",
+    "plan",
     "cli",
 ]
 
