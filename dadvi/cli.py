@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -160,6 +161,15 @@ def _read_config(context: typer.Context, config: Path | None) -> Path | None:
     return config
 
 
+def _refuse_url(out: Path) -> Path:
+    if re.match(r"\w[\w+.-]+:/", str(out)):
+        raise InputError(
+            f"--out {out}: the directory of a run is a local one; give a path, and put the posterior elsewhere "
+            "afterwards with Posterior.save"
+        )
+    return out
+
+
 @app.command(context_settings=_ENVIRONMENT)
 def fit(
     context: typer.Context,
@@ -171,7 +181,10 @@ def fit(
         ),
     ],
     data: Annotated[str, typer.Argument(metavar="DATA.zarr", help="Path or URL of a Zarr data set.")],
-    out: Annotated[Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json.")],
+    out: Annotated[
+        Path,
+        typer.Option(callback=_refuse_url, help="Directory to write: posterior.zarr, trace.jsonl, settings.json."),
+    ],
     scheduler: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")
     ] = None,
@@ -344,14 +357,13 @@ def _told(plan: Plan) -> str:
 @app.command(context_settings=_ENVIRONMENT)
 def summary(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a saved posterior.")
+        str,
+        typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or path or URL of a posterior."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print mean, sd and quantiles of every latent."""
-    if not run.exists():
-        raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
-    posterior = load_posterior(run / POSTERIOR if (run / POSTERIOR).exists() else run)
+    posterior = load_posterior(run if "://" in run else _posterior_in(Path(run)))
     if as_json:
         typer.echo(summary_json(posterior))
         return
@@ -365,6 +377,12 @@ def summary(
         shown.add_row(Text(str(label)), *(f"{value:.4g}" for value in row))
     console.print(shown)
     _say(repr(posterior))
+
+
+def _posterior_in(run: Path) -> Path:
+    if not run.exists():
+        raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
+    return run / POSTERIOR if (run / POSTERIOR).exists() else run
 
 
 def summary_json(posterior: Posterior) -> str:

@@ -378,6 +378,14 @@ FIT: dict[str, tuple[str, list[str]]] = {
         "model.py:model data.zarr --workers 2 --serial",
         ["--scheduler, --workers and --serial exclude one another"],
     ),
+    "output a URL": (
+        "model.py:model data.zarr --out s3://bucket/run",
+        ["--out s3:/bucket/run: the directory of a run is a local one; give a path"],
+    ),
+    "password in a URL": (
+        "model.py:model ftp://me:hunter2@host/data.zarr",
+        ["the URL ftp://...@host/data.zarr has a password in it; give credentials by the environment"],
+    ),
     "verbose and quiet": ("model.py:model data.zarr --verbose", ["--verbose and --quiet exclude one another"]),
     "output a data set": (
         "model.py:model data.zarr --out data.zarr --overwrite",
