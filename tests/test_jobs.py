@@ -1,15 +1,18 @@
 """Scripted jobs: job files, environment variables, the plan of a dry run, machine-readable results."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from command import command, dadvi, dadvi_process, environment, unchanged, write_data
+from command import FIELDS, MODEL, dadvi, dadvi_process, environment, unchanged, write_data, write_table
 
 import dadvi as package
 from dadvi.executors import DaskExecutor
@@ -242,17 +245,68 @@ def test_a_verbose_fit_tells_its_plan_and_every_step_without_control_characters(
     assert "".join(lines).isprintable()
 
 
-def test_a_job_reads_nothing_from_its_terminal(here):
-    """Standard input is closed, as a batch system has it."""
-    with subprocess.Popen(
-        command("fit", "model.py:model", "data.zarr", "--out", "run", "--serial"),
-        cwd=here,
-        env=environment(TERM="dumb"),
+# The example of a batch job -------------------------------------------------------------------------------------------
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "batch_job.sh"
+
+
+def batch_job(directory: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", SCRIPT, *map(str, arguments)],
+        cwd=directory,
+        env=environment(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
-    ) as process:
-        out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (CONVERGED, "run/posterior.zarr\n"), err
-    assert "".join(err.split("\n")).isprintable()
+        timeout=240,
+    )
+
+
+def test_the_example_job_goes_from_a_table_to_a_summary(tmp_path):
+    write_table(tmp_path / "table.csv")
+    (tmp_path / "model.py").write_text(MODEL)
+    ran = batch_job(tmp_path, "table.csv", FIELDS, "model.py:build", "out", DADVI_SERIAL="1", DADVI_SEED="4")
+    assert ran.returncode == CONVERGED, ran.stderr
+    assert [line.split()[0] for line in ran.stdout.splitlines()[-6:]] == ["latent", "a", "b", "e[AA]", "e[BB]", "e[CC]"]
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["data.zarr", "result.json", "run", "summary.json"]
+    result, summary = (json.loads((out / f"{name}.json").read_text()) for name in ("result", "summary"))
+    assert result["status"] == summary["status"] == "converged"
+    assert package.load_posterior(result["posterior"]).settings["seed"] == 4
+    assert set(summary["latents"]) == {"a", "b", "e[AA]", "e[BB]", "e[CC]"}
+
+
+STAND_IN = """\
+#!/usr/bin/env bash
+# Does what the example asks of dadvi at no cost; the fit ends with the code in FIT.
+echo "$1"
+mkdir -p out/run
+[[ $1 == fit ]] && exit "$FIT"
+exit 0
+"""
+
+
+@pytest.mark.parametrize("code", range(5))
+def test_the_example_job_ends_with_the_code_of_the_fit(tmp_path, code):
+    (tmp_path / "dadvi").write_text(STAND_IN)
+    (tmp_path / "dadvi").chmod(0o755)
+    ran = batch_job(tmp_path, "t.csv", "y", "m.py:m", "out", PATH=f"{tmp_path}:{os.environ['PATH']}", FIT=str(code))
+    assert ran.returncode == code
+    saved = code in (CONVERGED, STOPPED)
+    assert ran.stdout.split() == (["ingest", "summary"] if saved else ["ingest"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == (
+        ["result.json", "run", "summary.json"] if saved else ["run"]
+    )
+
+
+def test_the_example_job_tells_how_it_is_used(tmp_path):
+    ran = batch_job(tmp_path, "table.csv")
+    assert (ran.returncode, ran.stdout) == (BAD_INPUT, "")
+    assert ran.stderr.startswith("usage: bash scripts/batch_job.sh TABLE")
+
+
+def test_options_of_every_command_may_come_from_the_environment():
+    for name in ("ingest", "fit", "resume", "summary"):
+        told = " ".join(dadvi(name, "--help").out.split())
+        for option in set(re.findall(r"--([a-z][a-z-]+)", told)) & {"scheduler", "workers", "serial", "overwrite"}:
+            assert f"env var: DADVI_{option.upper()}" in told, f"{name} --{option}"

@@ -1,61 +1,33 @@
 """Connections that are encrypted and authenticated, by Dask's own settings (distributed.comm.tls)."""
 
-import datetime
-import ipaddress
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 import torch
 import yaml
 from clusters import scheduler_process, worker
 from command import dadvi, dadvi_process, listing, write_data
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 import dadvi as package
 from dadvi import executors
 from dadvi.errors import ClusterError
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
+RECIPE = Path(__file__).parents[1] / "cluster" / "tls"
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--quiet"]
 
 
-def write_certificates(directory: Path) -> None:
-    """Write ca.pem, and cert.pem with key.pem that it signed, for the loopback address."""
-    now = datetime.datetime.now(datetime.UTC)
-    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ca", "cert")}
-    names = {each: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"dadvi test {each}")]) for each in keys}
-    for name, key in keys.items():
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(names[name])
-            .issuer_name(names["ca"])
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=name == "ca", path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        )
-        signed = builder.sign(keys["ca"], hashes.SHA256())
-        (directory / f"{name}.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pem = keys["cert"].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    (directory / "key.pem").write_bytes(pem)
-
-
 def write_settings(directory: Path) -> Path:
-    """Write certificates, and Dask's settings that name them; return the directory to give as DASK_CONFIG."""
-    directory.mkdir()
-    write_certificates(directory)
-    ours = {"cert": str(directory / "cert.pem"), "key": str(directory / "key.pem")}
-    tls = {"ca-file": str(directory / "ca.pem"), "scheduler": ours, "worker": ours, "client": ours}
-    settings = {"distributed": {"comm": {"require-encryption": True, "tls": tls}}}
-    (directory / "dask").mkdir()
-    (directory / "dask" / "tls.yaml").write_text(yaml.safe_dump(settings))
+    """Write certificates and Dask's settings as the recipe tells; return what to give as DASK_CONFIG."""
+    (directory / "dask").mkdir(parents=True)
+    subprocess.run(["bash", RECIPE / "make_certificates.sh", directory], check=True, timeout=60)
+    (told,) = re.findall(r"^```yaml\n(.*?)^```$", (RECIPE / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    (directory / "dask" / "tls.yaml").write_text(told.replace("/etc/dadvi", str(directory)))
     return directory / "dask"
 
 
@@ -122,17 +94,24 @@ def test_strangers_are_not_let_in(world, address, tmp_path, who):
 
 
 @pytest.mark.parametrize(("key", "reason"), [(None, "(they name none)"), ("gone.pem", "(FileNotFoundError: ")])
-def test_a_client_without_a_certificate_is_told_what_to_set(world, address, tmp_path, key, reason):
-    variables = {}
+def test_a_client_without_a_certificate_is_told_what_to_set(
+    world, settings, address, tmp_path, monkeypatch, key, reason
+):
+    changed: dict[str, str] = {}
     if key is not None:
-        settings = write_settings(tmp_path / "ours")
-        file = settings / "tls.yaml"
-        file.write_text(file.read_text().replace("key.pem", key))
-        variables["DASK_CONFIG"] = str(settings)
-    line = refused(fit_arguments(world, address), tmp_path / "work", variables)
-    assert f"the scheduler at '{address}' needs a certificate" in line
-    assert reason in line
-    assert line.endswith("set distributed.comm.tls.ca-file, .client.cert and .client.key\n")
+        tls = yaml.safe_load((Path(settings) / "tls.yaml").read_text())["distributed"]["comm"]["tls"]
+        ours = {"ca-file": tls["ca-file"], "client.cert": tls["client"]["cert"], "client.key": key}
+        changed = {f"distributed.comm.tls.{name}": value for name, value in ours.items()}
+    monkeypatch.chdir(tmp_path)
+    with dask.config.set(changed):
+        with pytest.raises(ClusterError, match="needs a certificate"):
+            executors.connect(address)
+        ran = dadvi(*fit_arguments(world, address))
+    assert (ran.code, ran.out) == (BAD_INPUT, "")
+    assert listing(tmp_path) == {}
+    assert ran.err.startswith(f"error: the scheduler at '{address}' needs a certificate")
+    assert reason in ran.err
+    assert ran.err.endswith("set distributed.comm.tls.ca-file, .client.cert and .client.key\n")
 
 
 def refused(arguments: list[object], directory: Path, variables: dict[str, str]) -> str:
@@ -148,6 +127,12 @@ def refused(arguments: list[object], directory: Path, variables: dict[str, str])
     return ran.err
 
 
-def test_it_is_a_cluster_error(address):
-    with pytest.raises(ClusterError, match="needs a certificate"):
-        executors.connect(address)
+def test_a_key_is_its_owners_alone_and_never_replaced(tmp_path):
+    write_settings(tmp_path)
+    key = tmp_path / "key.pem"
+    before = key.read_bytes()
+    assert key.stat().st_mode & 0o077 == 0
+    ran = subprocess.run(["bash", RECIPE / "make_certificates.sh", tmp_path], capture_output=True, text=True)
+    assert ran.returncode == BAD_INPUT
+    assert "key.pem exists" in ran.stderr
+    assert key.read_bytes() == before

@@ -192,6 +192,23 @@ def test_a_job_with_two_workers_has_the_bits_of_a_serial_fit(slurm, world, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.log", "run"]
 
 
+def test_workers_may_be_jobs_of_their_own(slurm, world, tmp_path):
+    """Submitted by dask-jobqueue, and cancelled when the fit has ended."""
+    fit = [f"{world / 'model.py'}:model", str(world / "data.zarr"), "--out", "run", *SETTINGS]
+    script = [sys.executable, str(RECIPES / "jobqueue.py"), "--workers=2", "--memory=2GiB", "--interface=lo"]
+    ran = subprocess.run(
+        [*script, "--", *fit],
+        cwd=tmp_path,
+        env=environment(**variables_of(slurm)),
+        capture_output=True,
+        text=True,
+        timeout=JOB_SECONDS,
+    )
+    assert (ran.returncode, ran.stdout) == (3, "run/posterior.zarr\n"), ran.stderr
+    assert_same_bits(tmp_path / "run", world / "serial")
+    wait_for(lambda: not output_of(["squeue", "--noheader"], **slurm).strip(), JOB_SECONDS, "the queue")
+
+
 def test_a_job_with_bad_input_says_so(slurm, world, tmp_path):
     options = [f"{world / 'model.py'}:model", "gone.zarr", "--out", "run", *SETTINGS]
     state, log = run_job(slurm, tmp_path, "--ntasks=1", str(RECIPES / "fit.sbatch"), *options)
