@@ -1,13 +1,16 @@
 """The command line, for scripted batch jobs: ``dadvi ingest``, ``dadvi fit``, ``dadvi resume``, ``dadvi summary``.
 
-What a person reads goes to stderr; stdout is the result. Exit codes: 0 converged or done, 1 internal error, 2 bad
-input or usage, 3 stopped before convergence (the result is saved) or interrupted (`dadvi resume` goes on), 4 diverged.
+What a person reads goes to stderr; stdout is the result. An option is taken from the command line, else from an
+environment variable ``DADVI_OPTION``, else, for a fit, from its job file. Exit codes: 0 converged or done, 1 internal
+error, 2 bad input or usage, 3 stopped before convergence (the result is saved) or interrupted (`dadvi resume` goes on),
+4 diverged.
 """
 
 import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,7 +22,7 @@ from enum import IntEnum, StrEnum
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
@@ -30,13 +33,18 @@ from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
 from dadvi.checkpoint import MODEL, POSTERIOR, RunDirectory
 from dadvi.errors import DadviError, InputError, ModelError
-from dadvi.fit import Method
+from dadvi.families import make_family
+from dadvi.fit import Method, check_limits
 from dadvi.fit import fit as run_fit
 from dadvi.fit import resume as run_resume
+from dadvi.jobs import read_job
 from dadvi.model import Model
+from dadvi.plan import Plan, make_plan
 from dadvi.posterior import Posterior, load_posterior
+from dadvi.progress import Lines, Meter
 from dadvi.sharding import ShardedDataset, open_shards
 from dadvi.sharding import ingest as run_ingest
+from dadvi.types import whole_number
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +52,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # frames around errors would break their lines, in logs too
 )
+
+_ENVIRONMENT = {"auto_envvar_prefix": "DADVI"}
+"""Settings of every command: options may come from DADVI_OPTION."""
 
 
 class ExitCode(IntEnum):
@@ -78,7 +89,15 @@ Serial = Annotated[bool, typer.Option("--serial", help="Fit in this process, wit
 CheckpointSeconds = Annotated[
     float, typer.Option(help="Between checkpoints of advi, at most; anchored writes one after every pass.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only how the fit ended.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help='What a worker may hold besides Python: "2 GiB". Default: a quarter of its memory.',
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only how the fit ended.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as one JSON object.")]
 
 _ADVI = "Stochastic ADVI (giving one of these chooses it)"
 
@@ -105,7 +124,7 @@ def _options(
     """Fit Bayesian models to data too large for memory, on a Dask cluster, with a certificate."""
 
 
-@app.command()
+@app.command(context_settings=_ENVIRONMENT)
 def ingest(
     sources: Annotated[
         list[str],
@@ -152,8 +171,28 @@ def ingest(
     typer.echo(str(data.location))
 
 
-@app.command()
+def _read_config(context: typer.Context, config: Path | None) -> Path | None:
+    """Make the values of a job file the defaults of the options that come after it."""
+    if config is not None:
+        options = get_type_hints(fit)
+        for name in ("context", "config", "return"):
+            del options[name]
+        context.default_map = read_job(config, options)
+    return config
+
+
+def _refuse_url(out: Path) -> Path:
+    if re.match(r"\w[\w+.-]+:/", str(out)):
+        raise InputError(
+            f"--out {out}: the directory of a run is a local one; give a path, and put the posterior elsewhere "
+            "afterwards with Posterior.save"
+        )
+    return out
+
+
+@app.command(context_settings=_ENVIRONMENT)
 def fit(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -163,11 +202,15 @@ def fit(
     ],
     data: Annotated[str, typer.Argument(metavar="DATA.zarr", help="Path or URL of a Zarr data set.")],
     out: Annotated[
-        Path, typer.Option(help="Directory to write: posterior.zarr, trace.jsonl, settings.json, checkpoints.")
+        Path,
+        typer.Option(
+            callback=_refuse_url, help="Directory to write: posterior.zarr, trace.jsonl, settings.json, checkpoints."
+        ),
     ],
     scheduler: Scheduler = None,
     workers: Workers = None,
     serial: Serial = False,
+    memory: Memory = None,
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
     max_passes: Annotated[
@@ -217,6 +260,22 @@ def fit(
         ),
     ] = None,
     checkpoint_seconds: CheckpointSeconds = 60.0,
+    config: Annotated[  # noqa: ARG001  its callback has read it
+        Path | None,
+        typer.Option(
+            metavar="JOB.toml",
+            callback=_read_config,
+            is_eager=True,  # before the options whose defaults it gives
+            help='Options from a TOML file: model = "model.py:flights", max_passes = 40, ...; those given here win.',
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input and print the plan: sizes, method, passes, memory.")
+    ] = False,
+    json: AsJson = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell the plan, and every step in a line of its own.")
+    ] = False,
     quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
@@ -227,7 +286,10 @@ def fit(
     Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved)
     or interrupted (`dadvi resume` goes on), 4 diverged.
     """
-    client, num_workers = _who_works(scheduler, workers, serial)
+    client, num_workers = _who_works(context, scheduler, workers, serial)
+    if len(told := _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})) > 1:
+        raise InputError("--verbose and --quiet exclude one another; give one of them")
+    verbose, quiet = "verbose" in told, "quiet" in told
     settings = _method(
         method,
         batch_rows=batch_rows,
@@ -243,8 +305,24 @@ def fit(
     loaded = load_model(model, dataset)
     path = _model_path(model).resolve()
     origin = {"model": f"{path}:{model.rpartition(':')[2]}", "data": str(dataset.location)}
-    directory = RunDirectory(out, overwrite=overwrite, model_file=path, origin=origin)
+    directory = RunDirectory(out, overwrite=overwrite, model_file=path, origin=origin)  # refuses what cannot be written
     with _naming_line(path), _telling_how_to_resume(directory):
+        if dry_run or verbose:
+            check_limits(tol, max_passes)
+            whole_number("seed", seed)
+            plan = make_plan(
+                loaded,
+                dataset,
+                method=settings,
+                family=make_family(family.value),
+                max_passes=max_passes,
+                memory_budget=memory,
+            )
+        if dry_run:
+            typer.echo(_dumps(asdict(plan)) if json else _told(plan))
+            return
+        if verbose:
+            _say(_told(plan))
         posterior = run_fit(
             loaded,
             dataset,
@@ -255,15 +333,18 @@ def fit(
             tol=tol,
             max_passes=max_passes,
             seed=seed,
+            memory_budget=memory,
             run_dir=directory,
             checkpoint_seconds=checkpoint_seconds,
-            progress=not quiet,
+            progress=not (quiet or verbose),
+            callbacks=[Lines(Meter(plan.passes_at_most), seconds=0.0)] if verbose else (),
         )
-    _end(posterior, out)
+    tell_end(posterior, out / POSTERIOR, as_json=json)
 
 
-@app.command()
+@app.command(context_settings=_ENVIRONMENT)
 def resume(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` began to write.")],
     scheduler: Scheduler = None,
     workers: Workers = None,
@@ -271,7 +352,9 @@ def resume(
     max_passes: Annotated[
         float | None, typer.Option(help="Passes after which no further round or epoch starts. Default: as it was.")
     ] = None,
+    memory: Memory = None,
     checkpoint_seconds: CheckpointSeconds = 60.0,
+    json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a fit that was interrupted, or that stopped, given more passes. Prints where the posterior is.
@@ -279,7 +362,7 @@ def resume(
     Model, data and settings are those of the run, and so is the result, on any number of workers. Exit codes are those
     of `dadvi fit`.
     """
-    client, num_workers = _who_works(scheduler, workers, serial)
+    client, num_workers = _who_works(context, scheduler, workers, serial)
     directory = RunDirectory.existing(run)
     if not {"model", "data"} <= set(directory.origin):
         raise InputError(f"{run} was not begun by `dadvi fit`; go on with dadvi.resume, in Python")
@@ -295,29 +378,34 @@ def resume(
             dataset,
             client=client,
             num_workers=num_workers,
+            memory_budget=memory,
             max_passes=max_passes,
             checkpoint_seconds=checkpoint_seconds,
             progress=not quiet,
         )
-    _end(posterior, run)
+    tell_end(posterior, run / POSTERIOR, as_json=json)
 
 
-def _who_works(scheduler: str | None, workers: int | None, serial: bool) -> tuple[str | None, int | None]:
+def _who_works(
+    context: typer.Context, scheduler: str | None, workers: int | None, serial: bool
+) -> tuple[str | None, int | None]:
     """Return client and num_workers of `dadvi.fit`."""
-    if sum([scheduler is not None, workers is not None, serial]) > 1:
+    given = _nearest(context, {"scheduler": scheduler, "workers": workers, "serial": serial or None})
+    if len(given) > 1:
         raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
+    scheduler, workers, serial = given.get("scheduler"), given.get("workers"), bool(given.get("serial"))
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
     return "serial" if serial else scheduler, None if serial or scheduler else workers or _cores()
 
 
-def _end(posterior: Posterior, out: Path) -> NoReturn:
-    """Tell how a fit ended, by words and by the exit code."""
+def tell_end(posterior: Posterior, where: Path, *, as_json: bool) -> NoReturn:
+    """Tell how a fit ended, print where its posterior is, and exit with the code of its status."""
     seconds = posterior.records[-1].seconds if posterior.records else 0.0
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
     _say(f"{posterior.status}: {posterior.reason}{distance} ({posterior.passes:.1f} passes, {seconds:.1f} s)")
-    typer.echo(str(out / POSTERIOR))
+    typer.echo(_dumps({**_ending(posterior), "posterior": str(where.resolve())}) if as_json else str(where))
     codes = {"converged": ExitCode.CONVERGED, "stopped": ExitCode.STOPPED, "diverged": ExitCode.DIVERGED}
     raise typer.Exit(codes[posterior.status])
 
@@ -352,17 +440,44 @@ def _refuse_changed_file(path: Path, source: str | None) -> None:
             )
 
 
-@app.command()
+def _nearest(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of some options that exclude one another which were given nearest to the user.
+
+    Thus ``--serial`` on the command line puts aside DADVI_SCHEDULER, and either of them the ``workers`` of a job file.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for source in ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP"):
+        here = {
+            name: value
+            for name, value in given.items()
+            if (found := context.get_parameter_source(name)) is not None and found.name == source
+        }
+        if here:
+            return here
+    return {}
+
+
+def _told(plan: Plan) -> str:
+    """Return a plan as lines of a name and a value."""
+
+    def text(name: str, value: str | float) -> str:
+        if "bytes" in name:
+            return f"{float(value) / 2**20:,.1f} MiB"
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else value
+
+    return "\n".join(f"{name.replace('_', ' '):<16} {text(name, value)}" for name, value in asdict(plan).items())
+
+
+@app.command(context_settings=_ENVIRONMENT)
 def summary(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a saved posterior.")
+        str,
+        typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or path or URL of a posterior."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print mean, sd and quantiles of every latent."""
-    if not run.exists():
-        raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
-    posterior = load_posterior(run / POSTERIOR if (run / POSTERIOR).exists() else run)
+    posterior = load_posterior(run if "://" in run else _posterior_in(Path(run)))
     if as_json:
         typer.echo(summary_json(posterior))
         return
@@ -378,28 +493,40 @@ def summary(
     _say(repr(posterior))
 
 
+def _posterior_in(run: Path) -> Path:
+    if not run.exists():
+        raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
+    return run / POSTERIOR if (run / POSTERIOR).exists() else run
+
+
 def summary_json(posterior: Posterior) -> str:
     """Return the summary and how the fit ended as one JSON object; null stands for what is not a finite number."""
+    latents = {
+        latent: {str(name): _finite(value) for name, value in row.items()}
+        for latent, row in posterior.summary().to_dict(orient="index").items()
+    }
+    return _dumps({**_ending(posterior), "latents": latents})
+
+
+def _ending(posterior: Posterior) -> dict[str, Any]:
+    """Return how a fit ended as a JSON object."""
     certificate = posterior.certificate
-    latents = posterior.summary().to_dict(orient="index")
-    return json.dumps(
-        {
-            "status": posterior.status,
-            "reason": posterior.reason,
-            "elbo": _finite(posterior.elbo),
-            "passes": posterior.passes,
-            "certificate": None
-            if certificate is None
-            else {name: _finite(value) for name, value in asdict(certificate).items()},
-            "family": posterior.unconstrained.family.name,
-            "tol": posterior.settings.get("tol"),
-            "num_rows": posterior.settings.get("data", {}).get("num_rows"),
-            "latents": {
-                latent: {str(name): _finite(value) for name, value in row.items()} for latent, row in latents.items()
-            },
-        },
-        allow_nan=False,
-    )
+    return {
+        "status": posterior.status,
+        "reason": posterior.reason,
+        "elbo": _finite(posterior.elbo),
+        "passes": posterior.passes,
+        "certificate": None
+        if certificate is None
+        else {name: _finite(value) for name, value in asdict(certificate).items()},
+        "family": posterior.unconstrained.family.name,
+        "tol": posterior.settings.get("tol"),
+        "num_rows": posterior.settings.get("data", {}).get("num_rows"),
+    }
+
+
+def _dumps(document: dict[str, Any]) -> str:
+    return json.dumps(document, allow_nan=False)
 
 
 def _finite(value: float) -> float | None:

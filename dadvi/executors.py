@@ -21,6 +21,7 @@ import torch
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError, get_address_host_port
+from distributed.security import Security
 from distributed.system import MEMORY_LIMIT
 
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
@@ -446,6 +447,8 @@ def connect(address: str, timeout: float = 10.0) -> Client:
         raise ClusterError(
             f"scheduler address {address!r} cannot be used ({error}); give it as tcp://HOST:PORT"
         ) from error
+    if address.startswith("tls://"):
+        _check_certificate(address)
     try:
         return Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -453,6 +456,20 @@ def connect(address: str, timeout: float = 10.0) -> Client:
             f"no Dask scheduler answers at {address!r} within {timeout:g} s ({type(error).__name__}: {error}); "
             f"start one with `dask scheduler`, or leave the scheduler out to start local workers"
         ) from error
+
+
+def _check_certificate(address: str) -> None:
+    """Refuse to go to a tls address without what Dask's settings must bring: again before there is a client."""
+    try:
+        context = Security().get_connection_args("client")["ssl_context"]
+        reason = "they name none" if context is None else ""
+    except OSError as error:  # of the files, or of what is in them
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise ClusterError(
+            f"the scheduler at {address!r} needs a certificate, and Dask's settings have none to show ({reason}); set "
+            "distributed.comm.tls.ca-file, .client.cert and .client.key"
+        )
 
 
 def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:

@@ -107,12 +107,10 @@ def fit(
     """
     _check_types(model, data)
     chosen = make_family(family)
-    if not 0 < tol < np.inf:
-        raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
-    _check_passes(max_passes)
+    check_limits(tol, max_passes)
     seed = whole_number("seed", seed)
     bound = bind_to(model, data)
-    settings = _method(method, bound, data, chosen)
+    settings = choose_method(method, bound, data, chosen)
     directory = None
     if run_dir is not None:
         check_known(chosen)
@@ -168,7 +166,7 @@ def resume(
 
     """
     _check_types(model, data)
-    _check_passes(max_passes)
+    check_limits(1.0, max_passes)
     directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.existing(run_dir)
     directory.every = seconds_between(checkpoint_seconds)
     stored = directory.settings
@@ -313,11 +311,6 @@ def _stored_method(stored: Mapping[str, Any], given: Method | None) -> Method:
     return given
 
 
-def _check_passes(max_passes: float | None) -> None:
-    if max_passes is not None and not 0 < max_passes < np.inf:
-        raise InputError(f"max_passes={max_passes}: it must be positive and finite")
-
-
 def full_gradient(
     model: Model, data: ShardedDataset, eta: Tensor, *, client: ClientLike = None
 ) -> tuple[Tensor, Tensor]:
@@ -350,7 +343,16 @@ def full_gradient(
     return torch.from_numpy(sums.log_lik), torch.from_numpy(sums.grad)
 
 
-def _method(method: Any, bound: BoundModel, data: ShardedDataset, family: Family) -> Method:
+def check_limits(tol: float, max_passes: float | None) -> None:
+    """Refuse limits of a run that are not positive and finite."""
+    if not 0 < tol < np.inf:
+        raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
+    if max_passes is not None and not 0 < max_passes < np.inf:
+        raise InputError(f"max_passes={max_passes}: it must be positive and finite")
+
+
+def choose_method(method: Any, bound: BoundModel, data: ShardedDataset, family: Family) -> Method:
+    """Return the settings of the method that fits: those given, or for ``"auto"`` what the model's size asks for."""
     if method == "auto":
         few = bound.model.dim <= DENSE_LIMIT
         return Anchored() if few or _has_groups(bound, data, family) else ADVI(control_variate="anchor")

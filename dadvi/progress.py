@@ -44,7 +44,7 @@ def make_reporter(
     live = sys.stderr.isatty() and not console.is_dumb_terminal
     meter = Meter(max_passes)
     if progress and not live:
-        reporters.append(_Lines(meter))
+        reporters.append(Lines(meter))
     if not live or progress is False:
         yield _to_all(reporters)
         return
@@ -95,17 +95,18 @@ class Meter:
         return (row.rows_read - self._first.rows_read) / max(row.seconds - self._first.seconds, 1e-9)
 
 
-class _Lines:
-    """Plain lines for a log file: no control characters, few enough to read."""
+class Lines:
+    """Plain lines for a log file: no control characters, and at most one in some seconds but for certificates."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    def __init__(self, meter: Meter, seconds: float = LINE_SECONDS) -> None:
+        self._meter, self._seconds = meter, seconds
         self._last = -math.inf
 
     def __call__(self, row: TraceRow) -> None:
+        """Write the line of a row, if it is time for one."""
         text = self._meter.describe(row)
         now = time.monotonic()
-        if row.phase in WITH_CERTIFICATE or now - self._last >= LINE_SECONDS:
+        if row.phase in WITH_CERTIFICATE or now - self._last >= self._seconds:
             self._last = now
             sys.stderr.write(f"{row.seconds:7.1f} s  {text}\n")
             sys.stderr.flush()

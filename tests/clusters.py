@@ -1,13 +1,21 @@
-"""Small local clusters that close what they opened."""
+"""Small clusters that close what they opened: in one process, in several, and as `dask scheduler` and `dask worker`."""
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import dask
+from command import environment
 from distributed import Client, LocalCluster
 from distributed.utils import get_mp_context
+
+START_SECONDS = 60.0
 
 
 @contextmanager
@@ -23,3 +31,63 @@ def local_client(**options: Any) -> Iterator[Client]:
             LocalCluster(threads_per_worker=1, dashboard_address=None, scheduler_kwargs=free_port, **options)
         )
         yield stack.enter_context(Client(cluster, set_as_default=False))
+
+
+@contextmanager
+def process(arguments: Sequence[str], cwd: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """Run `dask ARGUMENTS` while the body runs; end it by its id."""
+    log = cwd / f"{arguments[0]}-{time.monotonic_ns()}.log"
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "dask", *arguments],
+            cwd=cwd,
+            env=environment(**variables),
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield started
+    finally:
+        started.terminate()
+        try:
+            started.wait(15)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.wait(15)
+
+
+@contextmanager
+def scheduler_process(directory: Path, *options: str, **variables: str) -> Iterator[str]:
+    """Run a scheduler on a free port of the loopback; give its address."""
+    file = directory / "scheduler.json"
+    where = ["--host", "127.0.0.1", "--port", "0", "--no-show", "--scheduler-file", str(file)]
+    dashboard = ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+    with process(["scheduler", *dashboard, *where, *options], directory, **variables) as started:
+        wait_for(lambda: json_of(file) is not None, started, "the scheduler")
+        yield json_of(file)["address"]
+
+
+@contextmanager
+def worker(address: str, directory: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """Run a worker with one thread and no nanny, whose process is the worker itself, in an empty directory."""
+    directory.mkdir()
+    options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--local-directory", "."]
+    with process(["worker", address, *options], directory, **variables) as started:
+        log = next(directory.glob("worker-*.log"))
+        wait_for(lambda: "Registered to" in log.read_text(), started, "a worker")
+        yield started
+
+
+def wait_for(ready: Callable[[], bool], started: subprocess.Popen, what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        assert started.poll() is None, f"{what} ended with code {started.returncode}"
+        assert time.monotonic() < deadline, f"{what} did not start within {START_SECONDS} s"
+        time.sleep(0.05)
+
+
+def json_of(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):  # not there, or not whole yet
+        return None

@@ -47,6 +47,8 @@ ORDER = [
     "anchored",
     "progress",
     "fit",
+    "jobs",
+    "plan",
     "cli",
 ]
 

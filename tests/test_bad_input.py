@@ -151,12 +151,34 @@ def broken(data):
 """
 
 
+JOBS = {
+    "unknown": "max_pases = 3\n",
+    "far": "z = 3\n",
+    "table": "[fit]\ntol = 0.1\n",
+    "twice": "max_passes = 3\nmax-passes = 4\n",
+    "text": "tol = 'small'\n",
+    "truth": "tol = true\n",
+    "fraction": "workers = 1.5\n",
+    "number": "model = 3\n",
+    "choice": "family = 'full'\n",
+    "flag": "serial = 'yes'\n",
+    "path": "out = ['run']\n",
+    "itself": "config = 'job.toml'\n",
+    "broken": "tol = \n",
+    "range": "tol = -1.0\n",
+    "whole": "model = 'model.py:model'\ndata = 'data.zarr'\n",
+}
+
+
 def write_models(directory: Path) -> None:
     (directory / "model.py").write_text(MODELS)
     (directory / "table_model.py").write_text(MODEL)
     (directory / "syntax.py").write_text("x = 1\ny = = 2\n")
     (directory / "fails.py").write_text("import dadvi\n\nmodel = dadvi.Model({}, None)\n")
     (directory / "model.txt").write_text("model = 1\n")
+    for name, text in JOBS.items():
+        (directory / f"{name}.toml").write_text(text)
+    (directory / "latin.toml").write_bytes("model = 'é.py:m'\n".encode("latin-1"))
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -356,6 +378,15 @@ FIT: dict[str, tuple[str, list[str]]] = {
         "model.py:model data.zarr --workers 2 --serial",
         ["--scheduler, --workers and --serial exclude one another"],
     ),
+    "output a URL": (
+        "model.py:model data.zarr --out s3://bucket/run",
+        ["--out s3:/bucket/run: the directory of a run is a local one; give a path"],
+    ),
+    "password in a URL": (
+        "model.py:model ftp://me:hunter2@host/data.zarr",
+        ["the URL ftp://...@host/data.zarr has a password in it; give credentials by the environment"],
+    ),
+    "verbose and quiet": ("model.py:model data.zarr --verbose", ["--verbose and --quiet exclude one another"]),
     "output a data set": (
         "model.py:model data.zarr --out data.zarr --overwrite",
         ["data.zarr exists and is nothing that"],
@@ -363,6 +394,52 @@ FIT: dict[str, tuple[str, list[str]]] = {
     "output exists": ("model.py:model data.zarr --out run", ["run exists; choose another output", "(--overwrite)"]),
     "output a file": ("model.py:model data.zarr --out notes.txt", ["notes.txt exists and is nothing that dadvi wrote"]),
     "parent missing": ("model.py:model data.zarr --out no/run", ["cannot write to", "/no; create that directory"]),
+}
+
+JOB: dict[str, tuple[str, list[str]]] = {
+    "file missing": ("gone.toml", ["cannot read the job file gone.toml: No such file or directory; give a TOML file"]),
+    "file a directory": ("run", ["cannot read the job file run: Is a directory"]),
+    "not TOML": ("broken.toml", ["the job file broken.toml is not TOML: Invalid value (at line 1, column 7)"]),
+    "not UTF-8": ("latin.toml", ["cannot read the job file latin.toml: it is not UTF-8 text"]),
+    "key unknown": ("unknown.toml", ["unknown.toml: unknown key 'max_pases'; the nearest option is 'max_passes'"]),
+    "key like none": ("far.toml", ["far.toml: unknown key 'z'; the nearest option is "]),
+    "in a table": ("table.toml", ["table.toml: unknown key 'fit'"]),
+    "another job": ("itself.toml", ["itself.toml: unknown key 'config'"]),
+    "key twice": ("twice.toml", ["twice.toml: 'max_passes' is given twice, with - and with _; drop one of them"]),
+    "text for a number": ("text.toml", ["text.toml: tol = 'small': it must be a number"]),
+    "truth for a number": ("truth.toml", ["truth.toml: tol = True: it must be a number"]),
+    "fraction for a count": ("fraction.toml", ["fraction.toml: workers = 1.5: it must be a whole number"]),
+    "number for text": ("number.toml", ["number.toml: model = 3: it must be text in quotes"]),
+    "choice unknown": (
+        "choice.toml",
+        ["choice.toml: family = 'full': it must be one of 'mean_field', 'full_rank', 'low_rank'"],
+    ),
+    "text for a flag": ("flag.toml", ["flag.toml: serial = 'yes': it must be true or false"]),
+    "list for a path": ("path.toml", ["path.toml: out = ['run']: it must be a path in quotes"]),
+    "out of range": ("range.toml model.py:model data.zarr --out new", ["tol=-1.0: it must be positive and finite"]),
+    "output exists": ("whole.toml --out run", ["run exists; choose another output"]),
+}
+
+DRY: dict[str, tuple[str, list[str]]] = {
+    "output exists": ("model.py:model data.zarr --out run", ["run exists; choose another output"]),
+    "parent missing": ("model.py:model data.zarr --out no/run", ["cannot write to", "/no; create that directory"]),
+    "tol": ("model.py:model data.zarr --tol 0", ["tol=0.0: it must be positive and finite"]),
+    "max_passes": ("model.py:model data.zarr --max-passes -1", ["max_passes=-1.0: it must be positive and finite"]),
+    "seed": ("model.py:model data.zarr --seed -1", ["seed=-1: it must be a whole number, at least 0"]),
+    "workers": ("model.py:model data.zarr --workers 0", ["--workers 0: at least 1 is needed"]),
+    "model": ("model.py:not_by_row data.zarr", ["the likelihood is not additive over rows"]),
+    "data": ("model.py:model gone.zarr", ["gone.zarr does not exist"]),
+    "method": (
+        "model.py:model data.zarr --method anchored --num-draws 4",
+        ["--num-draws is a setting of stochastic ADVI and --method is anchored; drop one of them"],
+    ),
+}
+
+ENVIRONMENT: dict[str, tuple[dict[str, str], list[str]]] = {
+    "number": ({"DADVI_TOL": "small"}, ["Invalid value for '--tol'"]),
+    "count": ({"DADVI_WORKERS": "many"}, ["Invalid value for '--workers'"]),
+    "choice": ({"DADVI_FAMILY": "full"}, ["Invalid value for '--family'", "'full_rank'"]),
+    "flag": ({"DADVI_SERIAL": "perhaps"}, ["Invalid value for '--serial'"]),
 }
 
 SUMMARY: dict[str, tuple[str, list[str]]] = {
@@ -429,6 +506,37 @@ def test_fit_refuses(here, mistake):
     out = () if "--out" in arguments else ("--out", "new")
     where = () if "--workers" in arguments else ("--serial",)
     one_line(refuse(here, f"fit {arguments} --quiet", fragments, (*out, *where)))
+
+
+@pytest.mark.parametrize("mistake", JOB)
+def test_job_files_are_refused(here, mistake):
+    arguments, fragments = JOB[mistake]
+    one_line(refuse(here, f"fit --config {arguments} --serial", fragments))
+
+
+@pytest.mark.parametrize("mistake", DRY)
+@pytest.mark.parametrize("as_json", [(), ("--json",)], ids=["", "json"])
+def test_a_dry_run_refuses_what_the_fit_would(here, mistake, as_json):
+    arguments, fragments = DRY[mistake]
+    out = () if "--out" in arguments else ("--out", "new")
+    one_line(refuse(here, f"fit {arguments} --dry-run", fragments, (*out, *as_json)))
+
+
+@pytest.mark.parametrize("mistake", ENVIRONMENT)
+def test_environment_variables_are_refused(here, monkeypatch, mistake):
+    variables, fragments = ENVIRONMENT[mistake]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = refuse(here, "fit model.py:model data.zarr --out new", fragments)
+    assert text.splitlines()[-1].startswith("Error: ")
+
+
+def test_the_tables_hold_at_least_sixty_mistakes_each_told_in_its_own_words():
+    """Of the command line alone, and counting once what is told alike in several places."""
+    tables = (INGEST, FIT, JOB, DRY, ENVIRONMENT, SUMMARY, USAGE)
+    told = {tuple(fragments) for table in tables for _, fragments in table.values()}
+    assert len(told) >= 60
+    assert all(fragment for fragments in told for fragment in fragments)
 
 
 @pytest.mark.parametrize("mistake", SUMMARY)

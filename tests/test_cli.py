@@ -433,9 +433,20 @@ def test_without_arguments_the_commands_are_told():
     [
         (
             "ingest",
-            ["SOURCE", "OUT.zarr", ":category, :standardize", "--missing", "[default: refuse]"],
+            ["SOURCE", "OUT.zarr", ":category, :standardize", "--missing", "default: refuse]"],
         ),
-        ("fit", ["MODEL.py:NAME", "DATA.zarr", "--scheduler ADDRESS", "[default: 0.1]", "3 stopped", "4 diverged"]),
+        (
+            "fit",
+            [
+                "MODEL.py:NAME",
+                "DATA.zarr",
+                "--scheduler ADDRESS",
+                "default: 0.1]",
+                "[env var: DADVI_SCHEDULER]",
+                "3 stopped",
+                "4 diverged",
+            ],
+        ),
         ("summary", ["RUN", "--json", "`dadvi fit --out`"]),
     ],
 )

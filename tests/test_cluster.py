@@ -1,14 +1,10 @@
 """A real cluster: `dask scheduler` and `dask worker` processes, used through `dadvi fit --scheduler`."""
 
-import json
 import os
 import re
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from clusters import scheduler_process, worker
 from command import command, dadvi, environment, listing, write_data
 
 from dadvi import executors
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 SETTINGS = ["--method", "advi", "--max-passes", "12", "--tol", "1e-6", "--seed", "3"]  # stops, after some 120 steps
-START_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -37,61 +33,9 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scheduler(world) -> Iterator[str]:
-    """The address of a scheduler that was started as `dask scheduler`, in a process."""
-    file = world / "scheduler.json"
-    options = ["--host", "127.0.0.1", "--port", "0", "--no-show", "--scheduler-file", str(file)]
-    with process(["scheduler", "--no-dashboard", "--dashboard-address", "127.0.0.1:0", *options], world) as started:
-        wait_for(lambda: json_of(file) is not None, started, "the scheduler")
-        yield json_of(file)["address"]
-
-
-@contextmanager
-def process(arguments: Sequence[str], cwd: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """Run `dask ARGUMENTS` while the body runs; end it by its id."""
-    log = cwd / f"{arguments[0]}-{time.monotonic_ns()}.log"
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            [sys.executable, "-m", "dask", *arguments],
-            cwd=cwd,
-            env=environment(**variables),
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        yield started
-    finally:
-        started.terminate()
-        try:
-            started.wait(15)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            started.wait(15)
-
-
-@contextmanager
-def worker(address: str, directory: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """Run a worker with one thread and no nanny, whose process is the worker itself, in an empty directory."""
-    directory.mkdir()
-    options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1", "--local-directory", "."]
-    with process(["worker", address, *options], directory, **variables) as started:
-        log = next(directory.glob("worker-*.log"))
-        wait_for(lambda: "Registered to" in log.read_text(), started, "a worker")
-        yield started
-
-
-def wait_for(ready, started: subprocess.Popen, what: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not ready():
-        assert started.poll() is None, f"{what} ended with code {started.returncode}"
-        assert time.monotonic() < deadline, f"{what} did not start within {START_SECONDS} s"
-        time.sleep(0.05)
-
-
-def json_of(file: Path):
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):  # not there, or not whole yet
-        return None
+    """The address of a scheduler."""
+    with scheduler_process(world) as address:
+        yield address
 
 
 def fit_arguments(world: Path, address: str, *options: object) -> list[str]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -22,9 +23,15 @@ def resolve(location: Location, options: Options = None) -> Path | str | Store:
     Raises
     ------
     DataError
-        When storage options come with a location that is not a URL, where they would be ignored.
+        When storage options come with a location that is not a URL, where they would be ignored; or a URL has a
+        password in it, which would get into logs and into the settings of a run.
     """
     if isinstance(location, str) and "://" in location and not location.startswith("file://"):
+        if (parts := urlsplit(location)).password is not None:
+            raise DataError(
+                f"the URL {parts.scheme}://...@{parts.hostname}{parts.path} has a password in it; give credentials by "
+                "the environment or by storage_options"
+            )
         return location
     if options:
         raise DataError(f"storage_options go with a URL, and {location!s} is not one; leave them out")

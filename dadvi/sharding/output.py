@@ -69,6 +69,10 @@ def output(location: Location, *, overwrite: bool = False, options: Options = No
     store = open_store(resolved, options, read_only=False)
     if store.read_only:
         raise DataError(f"{resolved} is read-only; open it for writing")
+    if (
+        not store.supports_deletes
+    ):  # a Zip archive: neither the manifest, which comes last, nor a failure could be seen to
+        raise DataError(f"{resolved} cannot replace what is in it; write to a directory and pack that")
     if not sync(store.is_empty("")):
         _check_replaceable(resolved, overwrite, replaceable=is_group(store))
     target = Output(store, None)

@@ -1,0 +1,245 @@
+"""Data sets and posteriors where clusters keep them: an object store over HTTP, a Zip archive, memory.
+
+The object store is moto's, a server that speaks S3, behind a gate that can fail or wait.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import s3fs
+import torch
+import zarr
+from command import MODEL, dadvi, dadvi_process, ingest_options, write_table
+from moto.server import DomainDispatcherApplication, create_backend_app
+from torch.distributions import Normal
+from werkzeug.serving import make_server
+from zarr.storage import MemoryStore, ZipStore
+
+import dadvi as package
+from dadvi.errors import DataError
+
+CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
+KEY, SECRET = "AKIAQ7ZX3EXAMPLE", "uT5rWq9secretX0example"
+BUCKET = "s3://bucket"
+SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--seed", "2", "--quiet"]
+
+
+class Gate:
+    """What stands before the object store: fails every n-th reading of a chunk, or all of them, or waits."""
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self._app, self._lock = app, Lock()
+        self.reset()
+
+    def reset(self, every: int = 0, wait: float = 0.0) -> None:
+        self.every, self.wait, self.reads, self.failed = every, wait, 0, 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if environ["REQUEST_METHOD"] == "GET" and "/c/" in environ["PATH_INFO"]:
+            with self._lock:
+                self.reads += 1
+                fails = self.every and self.reads % self.every == 0
+                self.failed += bool(fails)
+            if fails:
+                start_response("500 Internal Server Error", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>InternalError</Code><Message>try again</Message></Error>"]
+            time.sleep(self.wait)
+        return self._app(environ, start_response)
+
+
+@pytest.fixture(scope="module")
+def gate() -> Iterator[Gate]:
+    """An object store on a loopback port, and the environment in which it is reached, for child processes too."""
+    gate = Gate(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, gate, threaded=True)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", KEY)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_RETRY_MODE", "standard")
+        patch.setenv("AWS_MAX_ATTEMPTS", "3")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        system().mkdir("bucket")
+        yield gate
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def world(gate, tmp_path_factory) -> Path:  # noqa: ARG001  it needs the store
+    """A table, ingested both to a directory and to the bucket, a model, and the serial fit of the directory."""
+    directory = tmp_path_factory.mktemp("stores")
+    write_table(directory / "table.csv")
+    (directory / "model.py").write_text(MODEL)
+    for out in (directory / "data.zarr", f"{BUCKET}/data.zarr"):
+        ran = dadvi("ingest", directory / "table.csv", out, *ingest_options())
+        assert (ran.code, ran.out) == (0, f"{out}\n"), ran.err
+    ran = fit(directory, directory / "data.zarr", directory / "run", "--serial")
+    assert ran.code == STOPPED, ran.err
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def whole(gate) -> Iterator[None]:
+    yield
+    gate.reset()
+
+
+def fit(world: Path, data: object, out: Path, *options: object, run=dadvi):
+    return run("fit", f"{world / 'model.py'}:model", data, "--out", out, *SETTINGS, *options)
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    found, expected = (
+        package.load_posterior(each / "posterior.zarr").unconstrained.params for each in (run, reference)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# An object store ------------------------------------------------------------------------------------------------------
+
+
+def test_two_workers_fit_from_an_object_store_with_the_bits_of_a_directory(world, gate, tmp_path):
+    """And nothing that the fit writes or says has the credentials in it."""
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", "--workers", 2, "-v", run=without_quiet)
+    assert ran.code == STOPPED, ran.err
+    assert gate.reads > 0
+    assert_same_bits(tmp_path / "run", world / "run")
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["data"]["location"] == f"{BUCKET}/data.zarr"
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    for text in [ran.out.encode(), ran.err.encode(), *written, *objects()]:
+        assert KEY.encode() not in text
+        assert SECRET.encode() not in text
+
+
+def without_quiet(*arguments: object):
+    return dadvi_process(*(each for each in arguments if each != "--quiet"))
+
+
+def system() -> s3fs.S3FileSystem:
+    """A view of the object store beside the package's own, without its cached listings."""
+    return s3fs.S3FileSystem(use_listings_cache=False)
+
+
+def objects() -> Iterator[bytes]:
+    """The content of every object in the bucket."""
+    for name in system().find("bucket"):
+        yield system().cat_file(name)
+
+
+def test_a_posterior_goes_to_an_object_store_and_back(world):
+    posterior = package.load_posterior(world / "run" / "posterior.zarr")
+    posterior.save(f"{BUCKET}/posterior.zarr")
+    again = package.load_posterior(f"{BUCKET}/posterior.zarr")
+    assert again.summary().equals(posterior.summary())
+    assert dadvi("summary", f"{BUCKET}/posterior.zarr", "--json").out == dadvi("summary", world / "run", "--json").out
+    with pytest.raises(DataError, match=r"s3://bucket/posterior\.zarr exists; choose another output"):
+        posterior.save(f"{BUCKET}/posterior.zarr")
+    posterior.save(f"{BUCKET}/posterior.zarr", overwrite=True)
+    with pytest.raises(DataError, match=r"is a posterior, not a data set"):
+        package.open_shards(f"{BUCKET}/posterior.zarr")
+
+
+def test_an_object_store_that_fails_now_and_then_costs_retries_and_no_bits(world, gate, tmp_path):
+    gate.reset(every=15)
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", "--serial")
+    assert ran.code == STOPPED, ran.err
+    assert gate.failed >= 2
+    assert_same_bits(tmp_path / "run", world / "run")
+
+
+def test_a_slow_object_store_costs_time_and_no_bits(world, gate, tmp_path):
+    gate.reset(wait=0.02)
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", "--serial")
+    assert ran.code == STOPPED, ran.err
+    assert gate.reads > 0
+    assert_same_bits(tmp_path / "run", world / "run")
+
+
+@pytest.mark.parametrize("who", [["--serial"], ["--workers", "1"]], ids=["serial", "worker"])
+def test_an_object_store_that_goes_on_failing_ends_the_fit(world, gate, tmp_path, monkeypatch, who):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    gate.reset(every=1)
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", *who)
+    assert (ran.code, ran.out) == (INTERNAL, "")
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert f"of {BUCKET}/data.zarr cannot be read" in ran.err
+    assert "check that the store can be reached" in ran.err
+    assert SECRET not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_or_server_that_is_not_there(world, tmp_path, monkeypatch):
+    ran = fit(world, "s3://nowhere/data.zarr", tmp_path / "run", "--serial")
+    assert (ran.code, ran.out) == (BAD_INPUT, "")
+    assert "s3://nowhere/data.zarr is not a Zarr group, or cannot be read" in ran.err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", "--serial", run=dadvi_process)
+    assert (ran.code, ran.out) == (BAD_INPUT, "")
+    assert 'Could not connect to the endpoint URL: "http://127.0.0.1:9' in ran.err
+    assert ran.err.count("\n") == 1
+    assert SECRET not in ran.err
+
+
+def test_an_ingest_that_fails_leaves_no_objects(world):
+    ran = dadvi("ingest", world / "table.csv", f"{BUCKET}/broken.zarr", "--fields", "y z")
+    assert ran.code == BAD_INPUT
+    assert not system().find("bucket/broken.zarr")
+
+
+# Other stores ---------------------------------------------------------------------------------------------------------
+
+
+def mean_of_x() -> package.Model:
+    return package.Model({"a": Normal(0.0, 1.0)}, lambda a: Normal(a, 1.0), observed="x")
+
+
+def test_a_zip_archive_is_read_by_this_process_and_by_workers(tmp_path, process_clients):
+    x = np.random.default_rng(0).standard_normal(4_000)
+    written = package.write_shards(tmp_path / "data.zarr", {"x": x}, chunk_rows=500, shard_rows=1_000)
+    archive = shutil.make_archive(os.fspath(tmp_path / "packed"), "zip", tmp_path / "data.zarr")
+    data = package.open_shards(ZipStore(archive, mode="r"))
+    assert data.manifest == written.manifest
+    fits = [
+        package.fit(mean_of_x(), each, client=client)
+        for each, client in [(written, "serial"), (data, "serial"), (data, process_clients(2))]
+    ]
+    assert len({float(each.unconstrained.loc) for each in fits}) == 1
+    assert float(fits[0].unconstrained.loc) == pytest.approx(x.sum() / 4_001, abs=1e-4)
+
+
+def test_nothing_is_written_into_a_zip_archive(tmp_path):
+    """What is in one cannot be replaced, so that it could be neither finished nor taken back."""
+    with pytest.raises(DataError, match="write to a directory and pack"):
+        package.write_shards(ZipStore(tmp_path / "new.zip", mode="w"), {"x": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_holds_data_and_posterior():
+    x = np.random.default_rng(0).standard_normal(1_000)
+    store = MemoryStore()
+    data = package.write_shards(store, {"x": x}, chunk_rows=100)
+    posterior = package.fit(mean_of_x(), package.open_shards(store))
+    target = MemoryStore()
+    posterior.save(target)
+    assert package.load_posterior(target).summary().equals(posterior.summary())
+    assert data.num_rows == 1_000
+    assert sorted(zarr.open_group(target, mode="r").array_keys())[-2:] == ["loc", "log_scale"]
