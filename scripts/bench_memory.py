@@ -71,7 +71,7 @@ class Watch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="1 M rows and a budget of 128 MiB")
+    parser.add_argument("--quick", action="store_true", help="1 M rows and a budget of 256 MiB")
     parser.add_argument("--rows", type=int, help="default 40 000 000, which take 16 GB")
     parser.add_argument("--budget", help="of a worker; default 1 GiB")
     parser.add_argument(
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
     options = parser.parse_args()
     rows = options.rows or (1_000_000 if options.quick else 40_000_000)
-    budget = options.budget or ("128 MiB" if options.quick else "1 GiB")
+    budget = options.budget or ("256 MiB" if options.quick else "1 GiB")
 
     model = dadvi.Model(
         prior={"beta": Normal(torch.zeros(COLUMNS), 1.0)},
