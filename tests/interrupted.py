@@ -87,12 +87,11 @@ def after_passes(number: float, error: BaseException | type[BaseException] = Key
 
 
 def told(posterior: dadvi.Posterior) -> tuple[Any, ...]:
-    """Return all that a fit found, to the bit, but for the seconds it took."""
-    trace = posterior.trace
-    timed = [name for name in trace.columns if "seconds" in name]
+    """Return all that a fit found, to the bit, but for the time it took."""
+    columns = ["phase", "step", "passes", "rows_read", "elbo", "rhat", "mcse", "certificate", "length"]
     params = {name: value.numpy().tobytes() for name, value in posterior.unconstrained.params.items()}
     ended = (posterior.status, posterior.reason, posterior.elbo, posterior.passes, posterior.certificate)
-    return params, repr(ended), trace.drop(columns=timed).to_csv()
+    return params, repr(ended), posterior.trace[columns].to_csv()
 
 
 def begin_or_go_on(data: Path, run: Path, case: str, every: float = 60.0) -> dadvi.Posterior:
