@@ -241,8 +241,8 @@ def fit(
     )
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
-    path = _model_path(model).resolve()
-    origin = {"model": f"{path}:{model.rpartition(':')[2]}", "data": str(dataset.location)}
+    path = _model_path(model)
+    origin = {"model": f"{path.resolve()}:{model.rpartition(':')[2]}", "data": str(dataset.location)}
     directory = RunDirectory(out, overwrite=overwrite, model_file=path, origin=origin)
     with _naming_line(path), _telling_how_to_resume(directory):
         posterior = run_fit(
