@@ -303,19 +303,14 @@ def fit(
     )
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
-<<<<<<< HEAD
-    path = _model_path(model).resolve()
-    origin = {"model": f"{path}:{model.rpartition(':')[2]}", "data": str(dataset.location)}
-    directory = RunDirectory(out, overwrite=overwrite, model_file=path, origin=origin)  # refuses what cannot be written
-=======
     path = _model_path(model)
     origin = {"model": f"{path.resolve()}:{model.rpartition(':')[2]}", "data": str(dataset.location)}
     directory = RunDirectory(out, overwrite=overwrite, model_file=path, origin=origin)
->>>>>>> resume
     with _naming_line(path), _telling_how_to_resume(directory):
         if dry_run or verbose:
             check_limits(tol, max_passes)
             whole_number("seed", seed)
+            directory.check()
             plan = make_plan(
                 loaded,
                 dataset,
