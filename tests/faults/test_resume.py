@@ -24,7 +24,9 @@ from dadvi.errors import DataError, InputError, ModelError, WorkError
 from dadvi.sharding import write_shards
 
 MOMENTS = int(os.environ.get("DADVI_KILLS", "2"))
-"""Moments at which a coordinator is killed: 20 for the long version."""
+"""Moments at which a coordinator is killed: 20 for the long version, which also interrupts every case, and oftener."""
+
+LONG = MOMENTS > 2
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,10 @@ def start(data, run, case, error=KeyboardInterrupt, at=4, **options):
         dadvi.fit(interrupted.model(case), data, client="serial", seed=3, run_dir=run, **CASES[case], **options)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if LONG else ["surrogate", "hierarchy", "adam", "proximal"])
 def test_an_interrupted_fit_ends_with_the_same_bits(data, quiet, tmp_path, case):
     expected, passes = quiet(case)
-    for at in sorted({2, passes // 2}):
+    for at in sorted({1, 2, passes // 2, passes}) if LONG else [max(2, passes // 2)]:
         run = tmp_path / f"run-{at}"
         start(data, run, case, at=at)
         assert is_run(run)
@@ -60,11 +62,13 @@ def test_an_interrupted_fit_ends_with_the_same_bits(data, quiet, tmp_path, case)
         assert [line["phase"] for line in lines] == expected.trace.phase.tolist()
 
 
-@pytest.mark.parametrize("case", ["hierarchy", "surrogate", "anchor"])
+@pytest.mark.parametrize("case", CASES if LONG else ["hierarchy", "surrogate", "anchor", "dowg"])
 def test_a_fit_goes_on_on_another_number_of_workers(data, quiet, tmp_path, process_clients, case):
     expected, passes = quiet(case)
     start(data, tmp_path / "run", case, at=max(2, passes // 2))
-    resumed = dadvi.resume(tmp_path / "run", interrupted.model(case), data, client=process_clients(2))
+    resumed = dadvi.resume(
+        tmp_path / "run", interrupted.model(case), data, client=process_clients(2), method=CASES[case]["method"]
+    )
     assert told(resumed) == told(expected)
 
 
@@ -72,7 +76,7 @@ def test_a_fit_goes_on_on_another_number_of_workers(data, quiet, tmp_path, proce
 def test_a_fit_interrupted_again_and_again(data, quiet, tmp_path, case):
     expected, passes = quiet(case)
     run, rng = tmp_path / "run", random.Random(1)
-    for _ in range(8):
+    for _ in range(4):
         try:
             with after_passes(rng.randrange(1, passes)):
                 posterior = begin_or_go_on(data.location, run, case)
@@ -91,17 +95,17 @@ def test_the_last_resort_goes_on_without_a_pass_lost(data, tmp_path, monkeypatch
         expected = fit()
     assert (expected.trace.phase == "descent").sum() > 4
     made = []
-    for at in (3, 5):
+    for at in (3, 5) if LONG else (4,):
         with after_passes(at), pytest.raises(KeyboardInterrupt):
             fit(run_dir=tmp_path / f"run-{at}")
         with after_passes(float("inf")) as rest:
             resumed = dadvi.resume(tmp_path / f"run-{at}", interrupted.model(), data, client="serial")
         assert told(resumed) == told(expected)
         made.append(at - 1 + rest[0])
-    assert made == [count[0], count[0]]
+    assert set(made) == {count[0]}
 
 
-@pytest.mark.parametrize(("case", "first"), [("surrogate", 2.2), ("hierarchy", 1.2), ("anchor", 5)])
+@pytest.mark.parametrize(("case", "first"), [("surrogate", 2.2), ("anchor", 5)])
 def test_a_stopped_fit_goes_on_with_more_passes(data, tmp_path, case, first):
     settings = {**CASES[case], "tol": 1e-9}
     fit = partial(dadvi.fit, interrupted.model(case), data, client="serial", seed=3)
@@ -134,7 +138,7 @@ def test_a_cosine_has_an_end(data, tmp_path):
         dadvi.resume(run, interrupted.model(), data, client="serial", max_passes=8)
 
 
-@pytest.mark.parametrize("case", ["adam", "hierarchy"] if MOMENTS > 2 else ["adam"])
+@pytest.mark.parametrize("case", ["adam", "hierarchy"] if LONG else ["adam"])
 def test_a_killed_coordinator(data, quiet, tmp_path, case):
     expected, _ = quiet(case)
     program = [sys.executable, interrupted.__file__, str(data.location)]

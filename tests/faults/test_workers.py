@@ -35,7 +35,7 @@ def client():
 
 
 def test_workers_killed_during_a_fit_change_no_bit(data, client):
-    fit = partial(dadvi.fit, interrupted.model("anchor"), data, **{**CASES["anchor"], "max_passes": 20})
+    fit = partial(dadvi.fit, interrupted.model("anchor"), data, **{**CASES["anchor"], "max_passes": 12})
     quiet = fit(client="serial")
     ended, killed, rng = threading.Event(), [], random.Random(0)
 
