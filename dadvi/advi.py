@@ -403,6 +403,8 @@ class _Search:
     def _restore(self, kept: _Kept) -> None:
         self.state, self.whitening, self.structure = kept.state, kept.whitening, kept.structure
         self.executor.rows_read = kept.state.rows_read
+        if kept.state.trace:
+            self.executor.profile = kept.state.trace[-1].profile
         self.optimizer.load_state_dict(kept.optimizer)
         self.schedule.load_state_dict(kept.schedule)
         with torch.no_grad():

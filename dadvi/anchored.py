@@ -318,6 +318,8 @@ class _Rounds:
             return self._first(self._warm_start())
         state: _State = unpack(last.state, STATE, self._known)
         self.executor.rows_read = state.rows_read
+        if last.trace:
+            self.executor.profile = last.trace[-1].profile
         self._started -= last.seconds
         return replace(state, trace=last.trace)
 

@@ -340,7 +340,7 @@ def fit(
             progress=not (quiet or verbose),
             callbacks=[Lines(Meter(plan.passes_at_most), seconds=0.0)] if verbose else (),
         )
-    tell_end(posterior, out / POSTERIOR, as_json=json)
+    tell_end(posterior, out / POSTERIOR, as_json=json, quiet=quiet)
 
 
 @app.command(context_settings=_ENVIRONMENT)
@@ -384,7 +384,7 @@ def resume(
             checkpoint_seconds=checkpoint_seconds,
             progress=not quiet,
         )
-    tell_end(posterior, run / POSTERIOR, as_json=json)
+    tell_end(posterior, run / POSTERIOR, as_json=json, quiet=quiet)
 
 
 def _who_works(
@@ -400,8 +400,11 @@ def _who_works(
     return "serial" if serial else scheduler, None if serial or scheduler else workers or _cores()
 
 
-def tell_end(posterior: Posterior, where: Path, *, as_json: bool) -> NoReturn:
+def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -> NoReturn:
     """Tell how a fit ended, print where its posterior is, and exit with the code of its status."""
+    if posterior.records and not quiet:
+        profile = asdict(posterior.records[-1].profile)
+        _say("seconds of passes: " + ", ".join(f"{phase} {value:.1f}" for phase, value in profile.items()))
     seconds = posterior.records[-1].seconds if posterior.records else 0.0
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""

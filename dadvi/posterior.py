@@ -26,6 +26,7 @@ from dadvi.response import Response, expectations_of, from_curvature
 from dadvi.sharding import ShardedDataset
 from dadvi.sharding.location import Location, Options, open_store, resolve
 from dadvi.sharding.output import output
+from dadvi.stopwatch import Profile
 from dadvi.structure import Arrowhead, Structure
 from dadvi.supports import support_from_json, support_to_json
 from dadvi.transforms import LatentSpace, Site
@@ -68,6 +69,11 @@ class TraceRow:
     wait: float = 0.0
     transfer: float = 0.0
     reduce: float = 0.0
+
+    @property
+    def profile(self) -> Profile:
+        """Where the time of passes went so far."""
+        return Profile(**{each.name: getattr(self, each.name) for each in fields(Profile)})
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,7 @@ def test_a_fit_goes_on_on_another_number_of_workers(data, quiet, tmp_path, proce
         tmp_path / "run", interrupted.model(case), data, client=process_clients(2), method=CASES[case]["method"]
     )
     assert told(resumed) == told(expected)
+    assert resumed.trace.forward.is_monotonic_increasing  # the seconds of before count too
 
 
 @pytest.mark.parametrize("case", ["anchor"])
