@@ -30,10 +30,10 @@ from dadvi.checkpoint import POSTERIOR
 from dadvi.errors import DadviError, InputError, ModelError
 from dadvi.fit import Method
 from dadvi.fit import fit as run_fit
+from dadvi.ingest import ingest as run_ingest
 from dadvi.model import Model
 from dadvi.posterior import Posterior, load_posterior
 from dadvi.sharding import ShardedDataset, open_shards
-from dadvi.sharding import ingest as run_ingest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,9 +118,19 @@ def ingest(
         int | None, typer.Option(help="Rows of a shard, a multiple of a chunk's. Default: 128 MiB, less on small data.")
     ] = None,
     compression: Annotated[str | None, typer.Option(help="zstd. Default: none.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes. Default: one per core.")] = None,
+    serial: Annotated[bool, typer.Option("--serial", help="Do all in this process, without workers.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
-    """Write tables as a shuffled Zarr data set, in bounded memory. Prints where it is."""
+    """Write tables as a shuffled Zarr data set, in bounded memory. Prints where it is.
+
+    Without --scheduler, --workers or --serial, files up to 256 MiB are read in this process, larger ones by one worker
+    process per core. The data set is the same.
+    """
+    _check_who_works(scheduler, workers, serial)
     if shuffle is not None and shuffle < 0:
         raise InputError(f"--shuffle {shuffle}: a seed is a whole number, at least 0")
     if keep_order and shuffle is not None:
@@ -129,6 +139,8 @@ def ingest(
         sources,
         out,
         " ".join(fields) if fields else None,
+        client="serial" if serial else scheduler,
+        num_workers=workers,
         shuffle=None if keep_order else shuffle or 0,
         missing=missing.value,
         chunk_rows=chunk_rows,
@@ -215,10 +227,7 @@ def fit(
     Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved),
     4 diverged.
     """
-    if sum([scheduler is not None, workers is not None, serial]) > 1:
-        raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
+    _check_who_works(scheduler, workers, serial)
     settings = _method(
         method,
         batch_rows=batch_rows,
@@ -304,6 +313,14 @@ def summary_json(posterior: Posterior) -> str:
         },
         allow_nan=False,
     )
+
+
+def _check_who_works(scheduler: str | None, workers: int | None, serial: bool) -> None:
+    """Raise InputError when the options that say who works do not go together."""
+    if sum([scheduler is not None, workers is not None, serial]) > 1:
+        raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: at least 1 is needed; --serial does without workers")
 
 
 def _finite(value: float) -> float | None:

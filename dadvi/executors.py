@@ -174,7 +174,7 @@ class DaskExecutor(_Base):
         super().__init__(model, data)
         self.client, self._owned, self._retries = client, owned, retries
         check_workers(client, wait_seconds)
-        if not data.shareable and not _in_this_process(client):
+        if not data.shareable and not in_this_process(client):
             raise DataError(
                 f"{data!r} lives in this process and workers cannot open it; write it to a path or URL that they can, "
                 f"or pass client='serial'"
@@ -372,7 +372,8 @@ def _labelled(error: Exception, label: str) -> Exception:
     return type(error)(f"{label}: {error}" if label else str(error))
 
 
-def _in_this_process(client: Client) -> bool:
+def in_this_process(client: Client) -> bool:
+    """Return whether the workers are threads of this process."""
     cluster = client.cluster
     return isinstance(cluster, LocalCluster) and not cluster.processes
 

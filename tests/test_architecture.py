@@ -25,6 +25,7 @@ ORDER = [
     "summing",
     "memory",
     "executors",
+    "ingest",
     "families",
     "elbo",
     "quadrature",
