@@ -7,10 +7,11 @@ from dadvi.anchored import Anchored
 from dadvi.errors import ClusterError, DadviError, DataError, InputError, ModelError, WorkError
 from dadvi.families import FullRank, LowRank, MeanField
 from dadvi.fit import fit, full_gradient, resume
+from dadvi.ingest import ingest
 from dadvi.model import Model
 from dadvi.optim import DoWG, PolynomialAveraging, ProximalEntropy, TailAveraging
 from dadvi.posterior import Posterior, load_posterior
-from dadvi.sharding import ShardedDataset, ingest, open_shards, write_shards
+from dadvi.sharding import ShardedDataset, open_shards, write_shards
 from dadvi.supports import Constrained, Flat, ordered
 
 __version__ = metadata.version("dadvi")

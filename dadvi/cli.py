@@ -37,13 +37,13 @@ from dadvi.families import make_family
 from dadvi.fit import Method, check_limits
 from dadvi.fit import fit as run_fit
 from dadvi.fit import resume as run_resume
+from dadvi.ingest import ingest as run_ingest
 from dadvi.jobs import read_job
 from dadvi.model import Model
 from dadvi.plan import Plan, make_plan
 from dadvi.posterior import Posterior, load_posterior
 from dadvi.progress import Lines, Meter
 from dadvi.sharding import ShardedDataset, open_shards
-from dadvi.sharding import ingest as run_ingest
 from dadvi.types import whole_number
 
 app = typer.Typer(
@@ -85,7 +85,7 @@ class MethodName(StrEnum):
 
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, tcp://HOST:PORT.")]
 Workers = Annotated[int | None, typer.Option(help="Local worker processes. Default: one per core.")]
-Serial = Annotated[bool, typer.Option("--serial", help="Fit in this process, without workers.")]
+Serial = Annotated[bool, typer.Option("--serial", help="Work in this process, without workers.")]
 CheckpointSeconds = Annotated[
     float, typer.Option(help="Between checkpoints of advi, at most; anchored writes one after every pass.")
 ]
@@ -126,6 +126,7 @@ def _options(
 
 @app.command(context_settings=_ENVIRONMENT)
 def ingest(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(metavar="SOURCE", help="Parquet, CSV or Arrow/Feather files, directories, globs or URLs."),
@@ -148,9 +149,17 @@ def ingest(
         int | None, typer.Option(help="Rows of a shard, a multiple of a chunk's. Default: 128 MiB, less on small data.")
     ] = None,
     compression: Annotated[str | None, typer.Option(help="zstd. Default: none.")] = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    serial: Serial = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
-    """Write tables as a shuffled Zarr data set, in bounded memory. Prints where it is."""
+    """Write tables as a shuffled Zarr data set, in bounded memory. Prints where it is.
+
+    Without --scheduler, --workers or --serial, files up to 256 MiB are read in this process, larger ones by one worker
+    process per core. The data set is the same.
+    """
+    client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=None)
     if shuffle is not None and shuffle < 0:
         raise InputError(f"--shuffle {shuffle}: a seed is a whole number, at least 0")
     if keep_order and shuffle is not None:
@@ -159,6 +168,8 @@ def ingest(
         sources,
         out,
         " ".join(fields) if fields else None,
+        client=client,
+        num_workers=num_workers,
         shuffle=None if keep_order else shuffle or 0,
         missing=missing.value,
         chunk_rows=chunk_rows,
@@ -286,7 +297,7 @@ def fit(
     Exit codes: 0 converged, 1 internal error, 2 bad input or usage, 3 stopped before convergence (the result is saved)
     or interrupted (`dadvi resume` goes on), 4 diverged.
     """
-    client, num_workers = _who_works(context, scheduler, workers, serial)
+    client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=_cores())
     if len(told := _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})) > 1:
         raise InputError("--verbose and --quiet exclude one another; give one of them")
     verbose, quiet = "verbose" in told, "quiet" in told
@@ -363,7 +374,7 @@ def resume(
     Model, data and settings are those of the run, and so is the result, on any number of workers. Exit codes are those
     of `dadvi fit`.
     """
-    client, num_workers = _who_works(context, scheduler, workers, serial)
+    client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=_cores())
     directory = RunDirectory.existing(run)
     if not {"model", "data"} <= set(directory.origin):
         raise InputError(f"{run} was not begun by `dadvi fit`; go on with dadvi.resume, in Python")
@@ -388,16 +399,16 @@ def resume(
 
 
 def _who_works(
-    context: typer.Context, scheduler: str | None, workers: int | None, serial: bool
+    context: typer.Context, scheduler: str | None, workers: int | None, serial: bool, *, otherwise: int | None
 ) -> tuple[str | None, int | None]:
-    """Return client and num_workers of `dadvi.fit`."""
+    """Return client and num_workers of `dadvi.fit` and `dadvi.ingest`, these being `otherwise` if nothing is told."""
     given = _nearest(context, {"scheduler": scheduler, "workers": workers, "serial": serial or None})
     if len(given) > 1:
         raise InputError("--scheduler, --workers and --serial exclude one another; give one of them")
     scheduler, workers, serial = given.get("scheduler"), given.get("workers"), bool(given.get("serial"))
     if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: at least 1 is needed; --serial fits without workers")
-    return "serial" if serial else scheduler, None if serial or scheduler else workers or _cores()
+        raise InputError(f"--workers {workers}: at least 1 is needed; --serial does without workers")
+    return "serial" if serial else scheduler, None if serial or scheduler else workers or otherwise
 
 
 def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -> NoReturn:

@@ -181,7 +181,7 @@ class DaskExecutor(_Base):
         self.client, self._owned, self._retries, self._wait_seconds = client, owned, retries, wait_seconds
         self._address = client.scheduler.address
         check_workers(client, wait_seconds)
-        if not data.shareable and not _in_this_process(client):
+        if not data.shareable and not in_this_process(client):
             raise DataError(
                 f"{data!r} lives in this process and workers cannot open it; write it to a path or URL that they can, "
                 f"or pass client='serial'"
@@ -425,7 +425,8 @@ def _labelled(error: Exception, label: str) -> Exception:
     return type(error)(f"{label}: {error}" if label else str(error))
 
 
-def _in_this_process(client: Client) -> bool:
+def in_this_process(client: Client) -> bool:
+    """Return whether the workers are threads of this process."""
     cluster = client.cluster
     return isinstance(cluster, LocalCluster) and not cluster.processes
 

@@ -25,6 +25,7 @@ ORDER = [
     "summing",
     "memory",
     "executors",
+    "ingest",
     "nonfinite",
     "families",
     "elbo",

@@ -1,8 +1,8 @@
 """Table columns made into fields, in two stages.
 
-While the table streams by, an encoder turns each batch into the columns' own numbers, or into codes in order of
-appearance, and gathers what only the whole data can tell: extremes, mean and variance, categories. `finish` then gives
-the field and the map from what was encoded to what is stored.
+While a unit of the table streams by, an encoder turns each batch into the columns' own numbers, or into codes in order
+of appearance, and gathers what only the whole data can tell: extremes, mean and variance, categories. Encoders of
+following units are merged; `finish` then gives the field and the map from what was encoded to what is stored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,23 @@ from dadvi.sharding.manifest import Field
 from dadvi.types import FloatArray
 
 Transform: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
-"""From rows as encoded to rows as stored."""
+"""From rows as encoded to rows as stored; it can be pickled."""
 
 
 class Encoder(Protocol):
     """What makes one field from a stream of batches."""
 
+    @property
+    def encoded(self) -> np.dtype[Any]:
+        """Dtype of one encoded row, with its shape (p,) if there are several columns."""
+        ...
+
     def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
         """Return p Arrow arrays of finite values as rows, (rows,) or (rows, p), and remember their statistics."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Take in the statistics of rows that follow those seen so far."""
         ...
 
     def finish(self) -> tuple[Field, Transform]:
@@ -63,6 +72,47 @@ class Moments:
             return Moments(count, mean, self.m2 + other.m2 + delta**2 * (self.count * other.count / count))
 
 
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Rows in another dtype."""
+
+    dtype: np.dtype[Any]
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the rows in the dtype."""
+        return values.astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Standardize:
+    """Rows less their mean, over their sd, computed in float64."""
+
+    mean: FloatArray
+    """(p,) or ()."""
+    scale: FloatArray
+    """(p,) or ()."""
+    dtype: np.dtype[Any]
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the standardised rows in the dtype."""
+        wide: FloatArray = values - self.mean
+        wide /= self.scale
+        return wide.astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Recode:
+    """Codes for other codes."""
+
+    codes: NDArray[Any]
+    """The new code by the old one, (categories,)."""
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the new codes."""
+        recoded: NDArray[Any] = self.codes[values]
+        return recoded
+
+
 class NumericEncoder:
     """Numbers and booleans, of p columns stacked in their common dtype."""
 
@@ -74,20 +124,38 @@ class NumericEncoder:
         self._high: NDArray[Any] | None = None  # (p,)
         self._fraction: tuple[str, Any] | None = None
 
+    @property
+    def encoded(self) -> np.dtype[Any]:
+        """The common dtype, with the shape (p,) of a row of several columns."""
+        count = len(self._spec.columns)
+        return np.dtype((self._dtype, (count,))) if count > 1 else self._dtype
+
     def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
         """Return the stacked columns, (rows,) or (rows, p)."""
         values = np.stack(
             [column.to_numpy(zero_copy_only=False).astype(self._dtype, copy=False) for column in columns], axis=1
         )
         if len(values):
-            low, high = values.min(axis=0), values.max(axis=0)
-            self._low = low if self._low is None else np.minimum(self._low, low)
-            self._high = high if self._high is None else np.maximum(self._high, high)
+            self._widen(values.min(axis=0), values.max(axis=0))
             self._find_fraction(values)
-        if len(values) and self._spec.standardize:
-            moments = Moments.of(values)
-            self._moments = moments if self._moments is None else self._moments.merge(moments)
+            if self._spec.standardize:
+                self._add(Moments.of(values))
         return values if len(columns) > 1 else values[:, 0]
+
+    def merge(self, other: Self) -> None:
+        """Take in the extremes, moments and first fraction of rows that follow."""
+        if other._low is not None and other._high is not None:
+            self._widen(other._low, other._high)
+        if other._moments is not None:
+            self._add(other._moments)
+        self._fraction = self._fraction or other._fraction
+
+    def _widen(self, low: NDArray[Any], high: NDArray[Any]) -> None:
+        self._low = low if self._low is None else np.minimum(self._low, low)
+        self._high = high if self._high is None else np.maximum(self._high, high)
+
+    def _add(self, moments: Moments) -> None:
+        self._moments = moments if self._moments is None else self._moments.merge(moments)
 
     def finish(self) -> tuple[Field, Transform]:
         """Return the field, and the cast to its dtype after the standardisation if there is one."""
@@ -96,7 +164,7 @@ class NumericEncoder:
         if self._moments is None:
             dtype = self._dtype if spec.dtype is None else np.dtype(spec.dtype)
             self._check_range(dtype)
-            return Field(spec.name, dtype.name, shape, spec.columns), lambda values: values.astype(dtype)
+            return Field(spec.name, dtype.name, shape, spec.columns), Cast(dtype)
         mean, scale = self._moments.mean, np.sqrt(self._moments.m2 / self._moments.count)
         self._check_scale(scale)
         dtype = np.dtype(spec.dtype or (self._dtype if self._dtype.kind == "f" else np.float64))
@@ -104,7 +172,7 @@ class NumericEncoder:
             spec.name, dtype.name, shape, spec.columns, mean=tuple(mean.tolist()), scale=tuple(scale.tolist())
         )
         location, spread = (mean, scale) if shape else (mean[0], scale[0])
-        return field, lambda values: ((values - location) / spread).astype(dtype)
+        return field, Standardize(location, spread, dtype)
 
     def _extremes(self) -> list[tuple[str, Any, Any]]:
         """Return the column, lowest and highest value of each column; nothing before the first row."""
@@ -152,12 +220,26 @@ class CategoryEncoder:
         self._spec = spec
         self._codes: dict[Any, int] = {}
 
+    @property
+    def encoded(self) -> np.dtype[Any]:
+        """The dtype of codes in order of appearance."""
+        return np.dtype(np.int32)
+
     def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
         """Return the codes in order of appearance, int32 (rows,)."""
         encoded = columns[0].dictionary_encode()
         local = [self._codes.setdefault(value, len(self._codes)) for value in encoded.dictionary.to_pylist()]
         indices: NDArray[np.int32] = encoded.indices.to_numpy(zero_copy_only=False)
         return np.asarray(local, dtype=np.int32)[indices]
+
+    def merge(self, other: Self) -> None:
+        """Take in the values of rows that follow."""
+        for value in other._codes:
+            self._codes.setdefault(value, len(self._codes))
+
+    def codes_of(self, other: "CategoryEncoder") -> NDArray[np.int32]:
+        """Return, by the code of another encoder that was merged into this one, the code here."""
+        return np.array([self._codes[value] for value in other._codes], dtype=np.int32)
 
     def finish(self) -> tuple[Field, Transform]:
         """Return the field with its categories, and the map to codes in sorted order."""
@@ -173,7 +255,7 @@ class CategoryEncoder:
         codes = np.empty(len(categories), dtype=dtype)
         codes[[self._codes[each] for each in categories]] = np.arange(len(categories), dtype=dtype)
         field = Field(self._spec.name, dtype.name, (), self._spec.columns, categories=tuple(categories))
-        return field, lambda values: codes[values]
+        return field, Recode(codes)
 
 
 def _limits(dtype: np.dtype[Any]) -> tuple[Any, Any]:

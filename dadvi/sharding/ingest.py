@@ -1,38 +1,74 @@
-"""Tables into data sets: one pass over the files to a spool on the disk, one from there to Zarr.
+"""Tables into data sets in two rounds of tasks: units of the table to runs on the disk, and from there to Zarr shards.
 
-What only the whole data can tell (categories, mean and sd, extremes, the number of rows) is known after the first pass;
-the spool keeps or shuffles the order meanwhile. Neither pass holds more than some blocks of rows.
+What only the whole data can tell (categories, mean and sd, extremes, the number of rows) is known after the first
+round, when what the tasks saw is merged in the order of their units; the runs keep or shuffle the order meanwhile (see
+`dadvi.sharding.runs`). A task holds some blocks of rows, or one shard, and the data set has the same bits whoever does
+the tasks, and in whatever order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import zarr
 from numpy.typing import NDArray
 
 from dadvi.errors import DataError
-from dadvi.sharding.encoders import Encoder, Transform, encoder, resolve_spec
+from dadvi.sharding.encoders import CategoryEncoder, Encoder, Transform, encoder, resolve_spec
 from dadvi.sharding.fieldspec import FieldSpec, FieldSpecs, parse_specs
 from dadvi.sharding.layout import Layout
 from dadvi.sharding.location import Location, Options
 from dadvi.sharding.output import output
 from dadvi.sharding.reader import ShardedDataset, open_shards
-from dadvi.sharding.shuffle import MEMORY_BYTES, Block, RowSpool
-from dadvi.sharding.tables import Sources, Table, open_table
-from dadvi.sharding.writer import check_names, write_blocks
-from dadvi.types import whole_number
+from dadvi.sharding.runs import RunReader, RunWriter, Stretch, stretches
+from dadvi.sharding.shuffle import MEMORY_BYTES, Block
+from dadvi.sharding.tables import Sources, Table, Unit, open_table
+from dadvi.sharding.writer import Draft, check_names
+from dadvi.types import IntArray, whole_number
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Missing = Literal["refuse", "drop"]
 
 
+class Tasks(Protocol):
+    """Who does the tasks."""
+
+    def reach(self, table: Table, scratch: Path) -> None:
+        """Raise DataError when tasks could not open the files of the table, or files in the directory."""
+        ...
+
+    def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the task's result for each item, in the order of the items."""
+        ...
+
+
+class Here:
+    """Tasks done by this process, one after the other."""
+
+    def reach(self, table: Table, scratch: Path) -> None:
+        """Do nothing: this process opened the table, and made the directory."""
+
+    def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the task's result for each item."""
+        return map(task, items)
+
+
 def ingest(
-    sources: Sources,
+    sources: Sources | Table,
     out: Location,
     fields: FieldSpecs | None = None,
     *,
+    tasks: Tasks | None = None,
     shuffle: int | None = 0,
     missing: Missing = "refuse",
     chunk_rows: int | None = None,
@@ -44,74 +80,47 @@ def ingest(
     overwrite: bool = False,
     storage_options: Options = None,
 ) -> ShardedDataset:
-    """Stream Parquet, CSV or Arrow files into a data set, and open it.
-
-    Parameters
-    ----------
-    sources
-        Files of one format, directories of them, patterns or URLs; their rows follow each other in this order.
-    out
-        Where to write: a path, a URL that fsspec understands, or a Zarr store.
-    fields
-        Fields wanted, as texts `NAME[=COLUMN,...][:MODIFIER...]` (in one text separated by white space) or `FieldSpec`.
-        Several columns are stacked into rows of shape (p,), in their common dtype. Modifiers are a dtype; `category`,
-        for integer codes in the sorted order of the values, which the manifest keeps; `standardize`, for mean 0 and sd
-        1 over all rows, both kept in the manifest. For example "late x=hour,distance:standardize:float32
-        carrier:category". None takes every column as a field, text as categories.
-    shuffle
-        Seed of a global shuffle of the rows; None keeps their order.
-    missing
-        What to do with rows that have a null or NaN in a column wanted: "refuse" the data, or "drop" the rows. In CSV,
-        cells such as NA or an empty one are null.
-    chunk_rows, shard_rows, chunk_bytes, shard_bytes
-        Sizes, see `Layout`; by default 8 MiB a chunk and 128 MiB a shard, less on small data.
-    compression
-        "zstd", or None.
-    memory_bytes
-        Memory for spooling and shuffling.
-    overwrite
-        Replace a Zarr group that is already there.
-    storage_options
-        What fsspec needs to reach the URL `out`.
-
-    Raises
-    ------
-    DataError
-        When the sources cannot be read, do not have the columns, or hold values that do not go with what is asked.
-        Nothing is left behind.
-    """
+    """Write a table as a data set, and open it: `dadvi.ingest`, with the tasks done by `tasks`, or by this process."""
     if missing not in ("refuse", "drop"):
         raise DataError(f"missing={missing!r} is not known; use 'refuse' or 'drop'")
     shuffle = None if shuffle is None else whole_number("shuffle", shuffle)
     layout = Layout(chunk_rows, shard_rows, chunk_bytes, shard_bytes)
     with output(out, overwrite=overwrite, options=storage_options) as target:
-        table = open_table(sources)
+        table = sources if isinstance(sources, Table) else open_table(sources)
         specs, types = _plan(table, fields)
-        encoders = {each.name: encoder(each, types) for each in specs}
-        tally = Tally()
-        with RowSpool(shuffle, memory_bytes=memory_bytes, directory=target.scratch) as spool:
-            for block in _encoded(table, types, specs, encoders, tally, drop=missing == "drop"):
-                spool.append(block)
-            tally.check(spool.num_rows)
-            finished = {name: each.finish() for name, each in encoders.items()}
+        with _scratch(target.scratch) as scratch:
+            tasks = tasks or Here()
+            tasks.reach(table, scratch)
+            plan = _Plan(tuple(specs), types, shuffle, missing == "drop", scratch, memory_bytes)
+            seen = _read(tasks, plan, table)
+            seen.tally.check(seen.num_rows)
+            finished = {name: each.finish() for name, each in seen.encoders.items()}
             made = {
                 "format": table.format,
                 "sources": [each.path for each in table.files],
                 "shuffle": shuffle,
                 "missing": missing,
-                "rows_read": tally.rows,
-                "rows_dropped": tally.rows - spool.num_rows,
+                "rows_read": seen.tally.rows,
+                "rows_dropped": seen.tally.rows - seen.num_rows,
             }
-            write_blocks(
-                target,
-                _transformed(spool.blocks(), {name: transform for name, (_, transform) in finished.items()}),
-                [each for each, _ in finished.values()],
-                spool.num_rows,
-                layout=layout,
-                compression=compression,
-                made=made,
-            )
+            described = [each for each, _ in finished.values()]
+            draft = Draft(target, described, seen.num_rows, layout=layout, compression=compression, made=made)
+            transforms = {name: transform for name, (_, transform) in finished.items()}
+            write = partial(_write_shard, plan, draft.arrays, transforms)
+            for _ in tasks.map(write, stretches(seen.counts, draft.manifest.shard_rows)):
+                pass
+            draft.finish()
     return open_shards(out, storage_options)
+
+
+@contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    """Give a directory for runs, on the disk of the output if there is one, and remove it at the end."""
+    directory = Path(tempfile.mkdtemp(prefix=".dadvi-spool-", dir=parent)).resolve()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(slots=True)
@@ -126,6 +135,16 @@ class Tally:
     """Missing values by column, when their rows are dropped."""
     infinite: dict[str, tuple[int, int]] = field(default_factory=dict)
     """First row with an infinite value, and the number of them, by column."""
+
+    def merge(self, other: "Tally") -> None:
+        """Take in what was counted in rows that follow."""
+        for mine, theirs in ((self.refused, other.refused), (self.dropped, other.dropped)):
+            for column, count in theirs.items():
+                mine[column] = mine.get(column, 0) + count
+        for column, (row, count) in other.infinite.items():
+            first, before = self.infinite.get(column, (self.rows + row, 0))
+            self.infinite[column] = first, before + count
+        self.rows += other.rows
 
     def check(self, num_rows: int) -> None:
         """Raise DataError when a value was seen that must not be there, or no rows are left of those read."""
@@ -165,8 +184,88 @@ def _plan(table: Table, fields: FieldSpecs | None) -> tuple[list[FieldSpec], dic
     return specs, types
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What every task has to know."""
+
+    specs: tuple[FieldSpec, ...]
+    types: Mapping[str, Any]
+    """Arrow type by column."""
+    shuffle: int | None
+    drop: bool
+    """Whether rows with missing values are dropped."""
+    scratch: Path
+    """The directory of the runs."""
+    memory_bytes: int
+
+    def encoders(self) -> dict[str, Encoder]:
+        """Return new encoders by field."""
+        return {each.name: encoder(each, self.types) for each in self.specs}
+
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """Return the dtype of one row as encoded, by field."""
+        return {name: each.encoded for name, each in self.encoders().items()}
+
+    def codes(self, name: str, unit: int) -> Path:
+        """Return where it stands what a unit's codes of a category field are among the codes of all units."""
+        position = [each.name for each in self.specs].index(name)
+        return self.scratch / f"{unit:08d}-{position:04d}.npy"
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen in one unit, or in several that follow one another."""
+
+    encoders: dict[str, Encoder]
+    counts: IntArray
+    """Rows kept: (BUCKETS,) by bucket of their keys, or (1,) in all."""
+    tally: Tally
+
+    @property
+    def num_rows(self) -> int:
+        """Rows kept."""
+        return int(self.counts.sum())
+
+
+def _read(tasks: Tasks, plan: _Plan, table: Table) -> _Seen:
+    """Have all units read and written as runs, and return what was seen."""
+    seen = _Seen(plan.encoders(), np.zeros(1, dtype=np.int64), Tally())
+    for unit, part in enumerate(tasks.map(partial(_read_unit, plan), table.units())):
+        for name, merged in seen.encoders.items():
+            each = part.encoders[name]
+            merged.merge(each)
+            if isinstance(merged, CategoryEncoder) and isinstance(each, CategoryEncoder):
+                np.save(plan.codes(name, unit), merged.codes_of(each), allow_pickle=False)
+        seen.counts = seen.counts + part.counts
+        seen.tally.merge(part.tally)
+    return seen
+
+
+def _read_unit(plan: _Plan, unit: Unit) -> _Seen:
+    """Read a unit, write its rows as runs, and return what was seen."""
+    encoders, tally = plan.encoders(), Tally()
+    # Alive at once are the rows of a run, one field of it, and that field sorted.
+    writer = RunWriter(plan.scratch, unit.number, plan.shuffle, plan.dtypes(), plan.memory_bytes // 3)
+    for block in _encoded(unit, plan.types, plan.specs, encoders, tally, drop=plan.drop):
+        writer.append(block)
+    writer.flush()
+    return _Seen(encoders, writer.counts, tally)
+
+
+def _write_shard(
+    plan: _Plan, arrays: Mapping[str, "zarr.Array[Any]"], transforms: Mapping[str, Transform], stretch: Stretch
+) -> None:
+    """Write one shard of each array, from the runs."""
+    runs = RunReader(plan.scratch, stretch, plan.dtypes(), shuffled=plan.shuffle is not None)
+    for each in plan.specs:
+        codes = None
+        if each.category:
+            codes = {unit: np.load(plan.codes(each.name, unit), allow_pickle=False) for unit in runs.units()}
+        arrays[each.name][stretch.start : stretch.stop] = transforms[each.name](runs.read(each.name, codes))
+
+
 def _encoded(
-    table: Table,
+    unit: Unit,
     types: Mapping[str, Any],
     specs: Sequence[FieldSpec],
     encoders: Mapping[str, Encoder],
@@ -176,7 +275,7 @@ def _encoded(
 ) -> Iterator[Block]:
     """Yield the rows to keep, encoded; after the first value that must not be there, only count on."""
     missing_counts = tally.dropped if drop else tally.refused
-    for batch in table.batches(types):
+    for batch in unit.batches(types):
         missing = {name: _missing(batch.column(name)) for name in types}
         for name, mask in missing.items():
             if mask.any():
@@ -203,8 +302,3 @@ def _count_infinite(batch: Any, tally: Tally, rows: NDArray[np.int64]) -> None:
             if infinite.any():
                 first, count = tally.infinite.get(name, (int(rows[infinite.argmax()]), 0))
                 tally.infinite[name] = first, count + int(infinite.sum())
-
-
-def _transformed(blocks: Iterator[Block], transforms: Mapping[str, Transform]) -> Iterator[Block]:
-    for block in blocks:
-        yield {name: transforms[name](values) for name, values in block.items()}

@@ -30,12 +30,13 @@ class Output:
         """A directory on the same disk for temporary files; None when the output is not on a local disk."""
         self.started = False
         """Whether the store was touched."""
-        self._store = store
+        self.store = store
+        """The store to write to."""
 
     def create_group(self) -> zarr.Group:
         """Return an empty group at the root, replacing what was there; it is unfinished until it gets its manifest."""
         self.started = True
-        return zarr.create_group(self._store, overwrite=True, attributes={ATTRIBUTE: {"format": FORMAT}})
+        return zarr.create_group(self.store, overwrite=True, attributes={ATTRIBUTE: {"format": FORMAT}})
 
 
 def _is_zarr_group(path: Path) -> bool:

@@ -1,7 +1,8 @@
-"""Parquet, CSV and Arrow files read as one long table, a record batch at a time.
+"""Parquet, CSV and Arrow files read as one long table, in units that follow one another, a record batch at a time.
 
-The readers are PyArrow's streaming ones, one file after the other: what is in memory is one batch and the reader's own
-buffers, whatever the number and size of the files.
+A unit is what one task reads: some row groups of a Parquet file, or a whole file of another format. It depends on the
+files alone. The readers are PyArrow's streaming ones: what is in memory is one batch and the reader's own buffers,
+whatever the number and size of the files.
 """
 
 import os
@@ -30,6 +31,8 @@ MAX_BATCH_ROWS = 65_536
 CSV_BLOCK_BYTES = 4 * 2**20
 PARQUET_BUFFER_BYTES = 2**18
 """Bytes read ahead, per column."""
+UNIT_BYTES = 64 * 2**20
+"""Bytes, before compression, of the row groups that make a unit, unless one of them is larger."""
 
 Sources: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -44,6 +47,42 @@ class File:
     """Path on that file system."""
     schema: Any
     """Its Arrow schema; of a CSV file, as inferred from its beginning."""
+    parts: tuple[tuple[int, ...] | None, ...]
+    """The row groups of each unit; None stands for the whole file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows that one task reads, of one file."""
+
+    number: int
+    """Its place among the units of the table."""
+    format: str
+    """"parquet", "csv" or "arrow"."""
+    file_system: Any
+    """The fsspec file system of the file."""
+    path: str
+    """Path on that file system."""
+    row_groups: tuple[int, ...] | None
+    """Row groups of a Parquet file."""
+
+    def batches(self, types: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield the record batches in order, with the columns and Arrow types asked for.
+
+        Raises
+        ------
+        DataError
+            When the file is damaged, or holds values that do not have the type asked for.
+        """
+        schema = pa.schema(list(types.items()))
+        with _reading(self.format, self.file_system, self.path) as file:
+            if self.format == "parquet":
+                batches = _parquet_batches(file, schema, self.row_groups)
+            else:
+                batches = _open_csv(file, schema) if self.format == "csv" else _arrow_batches(file, schema)
+            for batch in batches:
+                columns = [_decoded(batch.column(name)).cast(kind) for name, kind in types.items()]
+                yield pa.record_batch(columns, schema=schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +120,17 @@ class Table:
             raise DataError(f"the files disagree on a column: {error}; convert them to one type") from error
         return {name: unified.field(name).type for name in columns}
 
-    def batches(self, types: Mapping[str, Any]) -> Iterator[Any]:
-        """Yield the record batches of all files in order, with the columns and Arrow types asked for.
+    def units(self) -> list[Unit]:
+        """Return the units, in the order of their rows."""
+        parts = ((file, part) for file in self.files for part in file.parts)
+        return [
+            Unit(number, self.format, file.file_system, file.path, part) for number, (file, part) in enumerate(parts)
+        ]
 
-        Raises
-        ------
-        DataError
-            When a file is damaged, or holds values that do not have the type asked for.
-        """
-        read = {"parquet": _parquet_batches, "csv": _csv_batches, "arrow": _arrow_batches}[self.format]
-        schema = pa.schema(list(types.items()))
-        for each in self.files:
-            with _reading(self.format, each.file_system, each.path) as file:
-                for batch in read(file, schema):
-                    columns = [_decoded(batch.column(name)).cast(kind) for name, kind in types.items()]
-                    yield pa.record_batch(columns, schema=schema)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files as they are stored; a file that cannot tell its size counts for nothing."""
+        return sum(each.file_system.size(each.path) or 0 for each in self.files)
 
 
 def open_table(sources: Sources) -> Table:
@@ -122,7 +157,7 @@ def open_table(sources: Sources) -> Table:
     kinds = sorted({str(kind) for kind in formats.values()})
     if len(kinds) > 1:
         raise DataError(f"the sources are of several formats: {', '.join(kinds)}; ingest one at a time")
-    return Table(kinds[0], tuple(File(system, path, _schema(kinds[0], system, path)) for system, path in found))
+    return Table(kinds[0], tuple(_file(kinds[0], system, path) for system, path in found))
 
 
 def _find(source: str) -> list[tuple[Any, str]]:
@@ -166,21 +201,33 @@ def _reading(kind: str, system: Any, path: str) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read as {kind}: {error}; {remedy}") from error
 
 
-def _schema(kind: str, system: Any, path: str) -> Any:
+def _file(kind: str, system: Any, path: str) -> File:
     with _reading(kind, system, path) as file:
         if kind == "parquet":
-            return pa.parquet.ParquetFile(file).schema_arrow
-        return (_open_csv(file, None) if kind == "csv" else _open_arrow(file)).schema
+            reader = pa.parquet.ParquetFile(file)
+            return File(system, path, reader.schema_arrow, _parts(reader.metadata))
+        schema = (_open_csv(file, None) if kind == "csv" else _open_arrow(file)).schema
+        return File(system, path, schema, (None,))
 
 
-def _parquet_batches(file: Any, schema: Any) -> Iterator[Any]:
+def _parts(metadata: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the row groups of a file, cut into runs of at most UNIT_BYTES, or one row group."""
+    parts: list[list[int]] = []
+    filled = 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size
+        if not parts or filled + size > UNIT_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(group)
+        filled += size
+    return tuple(map(tuple, parts))
+
+
+def _parquet_batches(file: Any, schema: Any, row_groups: tuple[int, ...] | None) -> Iterator[Any]:
     # Pre-buffering would fetch the whole file ahead; without a buffer size, a column of a row group is fetched at once.
     reader = pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES)
-    yield from reader.iter_batches(_batch_rows(schema), columns=schema.names, use_threads=False)
-
-
-def _csv_batches(file: Any, schema: Any) -> Iterator[Any]:
-    yield from _open_csv(file, schema)
+    yield from reader.iter_batches(_batch_rows(schema), row_groups, columns=schema.names, use_threads=False)
 
 
 def _open_csv(file: Any, schema: Any) -> Any:

@@ -91,32 +91,23 @@ def write_shards(
                     spool.append(block)
                 blocks = spool.blocks()
             num_rows = next(iter(lengths.values()))
-            write_blocks(target, blocks, described, num_rows, layout=layout, compression=compression, made=made)
+            draft = Draft(target, described, num_rows, layout=layout, compression=compression, made=made)
+            _write_blocks(draft, blocks)
+            draft.finish()
     return open_shards(location, storage_options)
 
 
-def write_blocks(
-    target: Output,
-    blocks: Iterable[Block],
-    fields: Sequence[Field],
-    num_rows: int,
-    *,
-    layout: Layout,
-    compression: str | None,
-    made: JSON,
-) -> Manifest:
-    """Write blocks of rows, whose values have been checked, as a complete group, and return its manifest.
+class Draft:
+    """A group whose arrays are there and whose rows are to come; it does not open before `finish`.
 
     Parameters
     ----------
     target
         Where to write.
-    blocks
-        All rows in order, in blocks of any size.
     fields
-        The fields of the blocks.
+        The fields.
     num_rows
-        N, the rows of all blocks.
+        N.
     layout
         What is asked of chunks and shards.
     compression
@@ -129,30 +120,55 @@ def write_blocks(
     DataError
         When there are no rows, or a setting cannot be used.
     """
-    chunk_rows, shard_rows = layout.rows(num_rows, sum(each.row_bytes for each in fields))
-    manifest = Manifest(
-        num_rows=num_rows,
-        fields={each.name: each for each in fields},
-        chunk_rows=chunk_rows,
-        shard_rows=shard_rows,
-        finite=True,
-        made={"dadvi": package_version(), **made},
-    )
-    codecs = _codecs(compression)
-    group = target.create_group()
-    arrays = {each.name: _create_array(group, each, manifest, codecs) for each in fields}
+
+    def __init__(
+        self,
+        target: Output,
+        fields: Sequence[Field],
+        num_rows: int,
+        *,
+        layout: Layout,
+        compression: str | None,
+        made: JSON,
+    ) -> None:
+        chunk_rows, shard_rows = layout.rows(num_rows, sum(each.row_bytes for each in fields))
+        self.manifest = Manifest(
+            num_rows=num_rows,
+            fields={each.name: each for each in fields},
+            chunk_rows=chunk_rows,
+            shard_rows=shard_rows,
+            finite=True,
+            made={"dadvi": package_version(), **made},
+        )
+        codecs = _codecs(compression)
+        self._group = target.create_group()
+        self.arrays = {each.name: _create_array(self._group, each, self.manifest, codecs) for each in fields}
+        """The arrays by field name, to be filled whole shards at a time, in any order and by any process."""
+
+    def finish(self) -> None:
+        """Write the manifest, after all rows."""
+        documents = {name: array_document(self._group, name) for name in self.arrays}
+        # Last, since it is what makes the group complete.
+        self._group.update_attributes(
+            {
+                ATTRIBUTE: {
+                    "format": FORMAT,
+                    "manifest": self.manifest.to_json(),
+                    "digest": digest(self.manifest, documents),
+                }
+            }
+        )
+
+
+def _write_blocks(draft: Draft, blocks: Iterable[Block]) -> None:
+    """Write all rows in order, from blocks of any size whose values have been checked."""
+    manifest = draft.manifest
     start = 0
-    for shard in _rebatched(blocks, fields, min(shard_rows, num_rows)):
+    for shard in _rebatched(blocks, list(manifest.fields.values()), min(manifest.shard_rows, manifest.num_rows)):
         stop = start + len(next(iter(shard.values())))
         for name, values in shard.items():
-            arrays[name][start:stop] = values
+            draft.arrays[name][start:stop] = values
         start = stop
-    documents = {name: array_document(group, name) for name in arrays}
-    # Last, since it is what makes the group complete.
-    group.update_attributes(
-        {ATTRIBUTE: {"format": FORMAT, "manifest": manifest.to_json(), "digest": digest(manifest, documents)}}
-    )
-    return manifest
 
 
 def package_version() -> str:

@@ -1,0 +1,253 @@
+"""The front door of ingest: chooses who reads the table and writes the shards, this process or a Dask cluster.
+
+The work itself is `dadvi.sharding.ingest`. Files are what tasks share: the coordinator gets from each unit of the table
+a message of fixed size and the categories it has, and from each shard nothing.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from distributed import CancelledError, Client, KilledWorker
+from distributed.comm import CommClosedError
+
+from dadvi import sharding
+from dadvi.errors import DataError, InputError, WorkError
+from dadvi.executors import IN_PROCESS_BYTES, ClientLike, check_workers, connect, in_this_process, start_local
+from dadvi.sharding.fieldspec import FieldSpecs
+from dadvi.sharding.ingest import Here, Missing, Tasks
+from dadvi.sharding.location import Location, Options, is_shareable, resolve
+from dadvi.sharding.reader import ShardedDataset
+from dadvi.sharding.shuffle import MEMORY_BYTES
+from dadvi.sharding.tables import Sources, Table, open_table
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+POLL_SECONDS = 0.05
+"""How often to look whether tasks of a failed ingest have ended."""
+
+
+def ingest(
+    sources: Sources,
+    out: Location,
+    fields: FieldSpecs | None = None,
+    *,
+    client: ClientLike = None,
+    num_workers: int | None = None,
+    shuffle: int | None = 0,
+    missing: Missing = "refuse",
+    chunk_rows: int | None = None,
+    shard_rows: int | None = None,
+    chunk_bytes: int | None = None,
+    shard_bytes: int | None = None,
+    compression: str | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    overwrite: bool = False,
+    storage_options: Options = None,
+) -> ShardedDataset:
+    """Stream Parquet, CSV or Arrow files into a data set, and open it.
+
+    The data set has the same bits whoever does the work. It depends on the rows and on where files and row groups end.
+
+    Parameters
+    ----------
+    sources
+        Files of one format, directories of them, patterns or URLs; their rows follow each other in this order.
+    out
+        Where to write: a path, a URL that fsspec understands, or a Zarr store.
+    fields
+        Fields wanted, as texts `NAME[=COLUMN,...][:MODIFIER...]` (in one text separated by white space) or `FieldSpec`.
+        Several columns are stacked into rows of shape (p,), in their common dtype. Modifiers are a dtype; `category`,
+        for integer codes in the sorted order of the values, which the manifest keeps; `standardize`, for mean 0 and sd
+        1 over all rows, both kept in the manifest. For example "late x=hour,distance:standardize:float32
+        carrier:category". None takes every column as a field, text as categories.
+    client
+        A `distributed.Client`, a scheduler's address, ``"serial"`` for this process, or None: this process for files up
+        to 256 MiB, otherwise local worker processes. Workers must see the sources, the directory of `out` and, when
+        `out` is not a path, this machine's temporary directory.
+    num_workers
+        With None for `client`: start that many local workers, whatever the size of the files.
+    shuffle
+        Seed of a global shuffle of the rows; None keeps their order.
+    missing
+        What to do with rows that have a null or NaN in a column wanted: "refuse" the data, or "drop" the rows. In CSV,
+        cells such as NA or an empty one are null.
+    chunk_rows, shard_rows, chunk_bytes, shard_bytes
+        Sizes, see `Layout`; by default 8 MiB a chunk and 128 MiB a shard, less on small data.
+    compression
+        "zstd", or None.
+    memory_bytes
+        Memory of each process for spooling and shuffling; beside it a process holds a few times a shard. The same data
+        set comes out whatever it is.
+    overwrite
+        Replace a Zarr group that is already there.
+    storage_options
+        What fsspec needs to reach the URL `out`.
+
+    Raises
+    ------
+    DataError
+        When the sources cannot be read, do not have the columns, or hold values that do not go with what is asked; or
+        when workers do not see the files. Nothing is left behind.
+    ClusterError
+        When the cluster cannot be used.
+    """
+    if num_workers is not None and (client is not None or num_workers < 1):
+        what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
+        raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
+    table = open_table(sources)
+    shareable = is_shareable(resolve(out, storage_options)) and not _in_memory(table)
+    owned: tuple[Client, ...] = ()
+    tasks: Tasks = Here()
+    if client is None and (num_workers is not None or (table.num_bytes > IN_PROCESS_BYTES and shareable)):
+        owned = start_local(num_workers)
+        client = owned[0]
+    elif isinstance(client, str) and client != "serial":
+        client = connect(client)
+        owned = (client,)
+    try:
+        if isinstance(client, Client):
+            tasks = Workers(client, shareable=shareable)
+        return sharding.ingest(
+            table,
+            out,
+            fields,
+            tasks=tasks,
+            shuffle=shuffle,
+            missing=missing,
+            chunk_rows=chunk_rows,
+            shard_rows=shard_rows,
+            chunk_bytes=chunk_bytes,
+            shard_bytes=shard_bytes,
+            compression=compression,
+            memory_bytes=memory_bytes,
+            overwrite=overwrite,
+            storage_options=storage_options,
+        )
+    finally:
+        for resource in owned:
+            resource.close()
+
+
+class Workers:
+    """Tasks done by the workers of a Dask cluster.
+
+    Parameters
+    ----------
+    client
+        Connected to a scheduler with at least one worker.
+    shareable
+        Whether sources and output can be opened by another process.
+    wait_seconds
+        How long to wait for the first worker.
+    retries
+        How often Dask runs a failed task again. Bad input is not tried again.
+
+    Raises
+    ------
+    ClusterError
+        If a worker lacks torch or dadvi or has other versions, or there is no worker.
+    DataError
+        If sources or output lie in this process's memory and the workers are other processes.
+    """
+
+    def __init__(self, client: Client, *, shareable: bool, wait_seconds: float = 30.0, retries: int = 3) -> None:
+        self._client, self._retries = client, retries
+        check_workers(client, wait_seconds)
+        if not shareable and not in_this_process(client):
+            raise DataError(
+                "the sources or the output lie in the memory of this process, and workers cannot open them; "
+                "use paths or URLs that they can, or client='serial' (--serial)"
+            )
+
+    def reach(self, table: Table, scratch: Path) -> None:
+        """Raise DataError when a worker does not see the first source, if it is a local file, or the directory."""
+        local = [str(scratch), *(each.path for each in table.files[:1] if "file" in _protocols(each.file_system))]
+        for worker, absent in self._client.run(_absent, local).items():
+            if absent:
+                raise DataError(
+                    f"worker {worker} does not see {absent[0]}; put sources and output on a disk that all workers "
+                    "share, or do without them: client='serial' (--serial)"
+                )
+
+    def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield the task's result for each item, in the order of the items, after all of them are done.
+
+        Raises
+        ------
+        InputError
+            That of the first item that had one.
+        WorkError
+            When workers or the scheduler were lost.
+        """
+        run = f"dadvi-ingest-{uuid.uuid4().hex[:8]}"
+        # As the result of a task what all of them share reaches a worker once.
+        shared = self._client.submit(_as_it_is, _Shared(task), key=f"{run}-task")
+        futures = [
+            self._client.submit(_attempt, shared, item, key=f"{run}-{number}", retries=self._retries)
+            for number, item in enumerate(items)
+        ]
+        try:
+            results = self._client.gather(futures)
+        except BaseException as error:
+            self._client.cancel([*futures, shared])
+            if isinstance(error, KilledWorker):
+                raise WorkError(
+                    f"ingest was given up: a task ended {error.allowed_failures + 1} workers; "
+                    "give them more memory, or make memory_bytes or shards smaller"
+                ) from error
+            if isinstance(error, CancelledError | CommClosedError):
+                raise WorkError(
+                    f"the scheduler at {self._client.scheduler.address} was lost ({error}); start it and ingest again"
+                ) from error
+            self._settle(run)
+            raise
+        for result in results:
+            if isinstance(result, InputError):
+                raise result
+            yield result
+
+    def _settle(self, run: str) -> None:
+        """Wait for the tasks that workers are in, which no one can stop, lest they write after all was removed."""
+        while any(self._client.run(_executing, run).values()):
+            time.sleep(POLL_SECONDS)
+
+
+class _Shared:
+    """A task that travels once to each worker; Dask would call a bare function."""
+
+    def __init__(self, task: Callable[..., object]) -> None:
+        self.task = task
+
+
+def _as_it_is(shared: _Shared) -> _Shared:
+    return shared
+
+
+def _attempt(shared: _Shared, item: object) -> object:
+    """Do one task. Bad input comes back as a value: trying it again would not help."""
+    try:
+        return shared.task(item)
+    except InputError as error:
+        return error
+
+
+def _absent(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]
+
+
+def _executing(run: str, dask_worker: object) -> bool:
+    state = dask_worker.state  # type: ignore[attr-defined]
+    return any(str(each.key).startswith(run) for each in state.executing)
+
+
+def _protocols(file_system: object) -> tuple[str, ...]:
+    protocol = file_system.protocol  # type: ignore[attr-defined]
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _in_memory(table: Table) -> bool:
+    return any("memory" in _protocols(each.file_system) for each in table.files)
