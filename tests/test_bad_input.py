@@ -373,7 +373,7 @@ FIT: dict[str, tuple[str, list[str]]] = {
         "model.py:model data.zarr --learning-rate 0",
         ["learning_rate=0.0: it must be positive and finite"],
     ),
-    "workers": ("model.py:model data.zarr --workers 0", ["--workers 0: at least 1 is needed; --serial fits without"]),
+    "workers": ("model.py:model data.zarr --workers 0", ["--workers 0: at least 1 is needed; --serial does without"]),
     "who works": (
         "model.py:model data.zarr --workers 2 --serial",
         ["--scheduler, --workers and --serial exclude one another"],
