@@ -24,6 +24,9 @@ class Deadly(Pass):
 
     name = "deadly"
 
+    def size(self, dim):  # noqa: ARG002
+        return 1
+
     def on_chunk(self, model, batch):  # noqa: ARG002
         os._exit(1)
 
