@@ -1,172 +1,213 @@
-"""Seconds for one full-data gradient pass of a logistic regression: dadvi beside a hand-written torch loop.
+"""Speed of one gradient pass: log-likelihoods and gradients over all rows at K points, beside torch written by hand.
 
-Every way sums over the same chunks, each process on one torch thread:
+Figures are ratios of seconds of one run: 1 is as fast as what stands for the best, more is faster. Each process has one
+torch thread unless told. Data are float32, in chunks of 8 000 rows.
 
-- by hand: value and gradient in closed form, by two matrix products a chunk, from tensors in memory;
-- resident: dadvi's gradient pass on those same tensors, the counterpart of the loop by hand;
-- memory store: a first pass, which reads Zarr chunks from a store in memory;
-- shards: a first pass, which reads files that the operating system has in its cache, and a second pass by the same
-  executor, which finds in memory what its cache of chunks could keep; serially and on two worker processes.
-
-A ratio is the loop's seconds over dadvi's: 1 is as fast as by hand. The ways take turns, and a ratio compares times of
-the same turn; figures are medians over the turns.
+- memory: a logistic regression, 100 columns, on chunks that are tensors already: a loop in closed form over dadvi.
+- shards: the same from uncompressed shards, which the operating system has in its cache, by one process that keeps no
+  chunks. It reads while it computes, so the best is the longer of two times: reading and verifying all chunks alone,
+  and the loop in closed form on tensors.
+- models: as memory, for other likelihoods: a gather from 2 000 and from 100 000 groups (by hand in closed form),
+  Student-t with unknown scale and degrees of freedom, and a network of three layers (both by automatic differentiation
+  of batched code). See `by_hand.py`.
+- workers: seconds on one worker process over those on two, which keep all chunks; K = 32.
+- threads: by two worker processes that keep all chunks, Dask included, against the loop in closed form on two torch
+  threads over the same chunks as tensors, each cut into blocks that fit the processor's cache.
 """
 
-import argparse
-import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Column, Table
-from torch.distributions import Bernoulli, Normal
-from zarr.storage import MemoryStore
+from by_hand import ByHand, Groups, Logistic, Network, Student
+from turns import Row, Seconds, Way, medians, parser, ratio, take_turns, tell
 
 import dadvi
 from dadvi.executors import DaskExecutor, SerialExecutor, start_local
 from dadvi.fit import bind_to
 from dadvi.likelihood import BoundModel
-from dadvi.passes import Gradient, GradientSums, add, single_thread
+from dadvi.memory import Need
+from dadvi.passes import Gradient, GradientSums, single_thread
+from dadvi.stopwatch import Stopwatch
 from dadvi.types import Batch
 
-WORKERS = 2
-BY_HAND = "by hand"
+CHUNK_ROWS = 8_000
+"""Of any number of rows, so that a quick run has what every chunk costs in the same proportion."""
 
-Way: TypeAlias = Callable[[], Callable[[], GradientSums]]
-"""Gets ready, which takes no part in the time, and returns what is timed."""
+BLOCK_ROWS = 2_048
+"""Rows whose 100 float32 fit the second-level cache of a core."""
 
-
-def make_data(rows: int, columns: int, location: Path | MemoryStore) -> dadvi.ShardedDataset:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((rows, columns), dtype=np.float32)
-    beta = (rng.standard_normal(columns) / columns**0.5).astype(np.float32)
-    y = rng.random(rows, dtype=np.float32) < 1 / (1 + np.exp(-x @ beta))
-    return dadvi.write_shards(location, {"x": x, "y": y})
+KEEP = Need(budget=2**33)
 
 
-def by_hand(points: np.ndarray, batches: Sequence[Batch]) -> GradientSums:
-    """Return log-likelihoods (K,) and gradients (K, D) by the formulas of the logistic regression."""
-    eta = torch.from_numpy(points).float()
-    log_lik = torch.zeros(len(eta), dtype=torch.float64)
-    grad = torch.zeros(eta.shape, dtype=torch.float64)
+def write(path: Path, case: ByHand, rows: int) -> dadvi.ShardedDataset:
+    return dadvi.write_shards(path, case.fields(np.random.default_rng(0), rows), chunk_rows=CHUNK_ROWS)
+
+
+def read(data: dadvi.ShardedDataset) -> list[Batch]:
+    """Return all chunks as tensors in memory of their own."""
+    return [
+        {name: values.clone() for name, values in data.read(chunk).items()} for chunk in range(data.manifest.num_chunks)
+    ]
+
+
+def points(case: ByHand, num_draws: int) -> np.ndarray:
+    """Return η (K, D)."""
+    return 0.1 * np.random.default_rng(num_draws).standard_normal((num_draws, case.model().dim))
+
+
+def by_hand(case: ByHand, eta: np.ndarray, batches: Sequence[Batch]) -> GradientSums:
     with torch.no_grad(), single_thread():
-        for batch in batches:
-            x, y = batch["x"], batch["y"].float()[:, None]
-            logits = x @ eta.T  # (rows, K)
-            log_lik += (y * logits - torch.nn.functional.softplus(logits)).sum(0, dtype=torch.float64)
-            grad += (y - torch.sigmoid(logits)).T @ x
-    return GradientSums(log_lik.numpy(), grad.numpy())
+        return case.sums(eta, batches)
 
 
-def resident(points: np.ndarray, model: BoundModel, batches: Sequence[Batch]) -> GradientSums:
-    """Return the sums of dadvi's gradient pass over chunks that are tensors already."""
-    work = Gradient(points)
+def resident(eta: np.ndarray, model: BoundModel, batches: Sequence[Batch]) -> GradientSums:
+    """Return the sums of dadvi's pass over tensors."""
     with single_thread():
-        total = work.on_chunk(model, batches[0])
-        for batch in batches[1:]:
-            total = add(total, work.on_chunk(model, batch))
-    return total
+        total = Gradient(eta).over(model, Stopwatch())
+        for batch in batches:
+            total.add(batch)
+        return total.sums()
 
 
-def measure(ways: dict[str, Way], repeats: int) -> dict[str, tuple[float, float]]:
-    """Return median seconds and ratio of each way, after a warm-up in which all must agree with the loop by hand."""
-    expected = ways[BY_HAND]()()
-    scale = np.abs(expected.grad).max()
-    for name, way in ways.items():
-        sums = way()()
-        log_lik_agrees = np.allclose(sums.log_lik, expected.log_lik, rtol=1e-4)
-        if not (log_lik_agrees and np.allclose(sums.grad, expected.grad, rtol=1e-3, atol=1e-4 * scale)):
-            raise SystemExit(f"{name!r} disagrees with the loop by hand; a time for it means nothing")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            ready = way()
-            start = time.perf_counter()
-            ready()
-            seconds[name].append(time.perf_counter() - start)
-    return {
-        name: (
-            statistics.median(values),
-            statistics.median(hand / own for hand, own in zip(seconds[BY_HAND], values, strict=True)),
-        )
-        for name, values in seconds.items()
+def in_memory(what: str, case: ByHand, rows: int, draws: Sequence[int], turns: int, aim: float) -> Iterator[Row]:
+    """Yield dadvi beside the loop by hand, both on tensors."""
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        batches, bound = read(data), bind_to(case.model(), data)
+    for num_draws in draws:
+        eta = points(case, num_draws)
+        ways: dict[str, Way] = {
+            "by hand": partial(by_hand, case, eta, batches),
+            "dadvi": partial(resident, eta, bound, batches),
+        }
+        seconds = take_turns(ways, turns)
+        beside = f"{medians(seconds)}; {rows:,} rows, strategy {bound.strategy}"
+        yield Row(f"{what}, K = {num_draws}", ratio(*seconds.values()), "by hand / dadvi", aim, None, beside)
+
+
+def memory_part(quick: bool) -> Iterator[Row]:
+    """Yield dadvi beside closed form, on tensors."""
+    yield from in_memory("logistic", Logistic(), *sized(quick, 1_000_000), aim=0.8)
+
+
+def models_part(quick: bool) -> Iterator[Row]:
+    """Yield the same for other likelihoods."""
+    cases = {
+        "gather, 2 000 groups": Groups(2_000),
+        "gather, 100 000 groups": Groups(100_000),
+        "Student-t": Student(),
+        "network": Network(),
     }
+    for name, case in cases.items():
+        rows, _, turns = sized(quick, 500_000)
+        yield from in_memory(name, case, rows, (1, 8), turns, aim=0.7)
 
 
-def executor_way(work: Gradient, make: Callable[[], SerialExecutor | DaskExecutor], *, second: bool) -> Way:
-    """Return a pass by a new executor, which has nothing in memory yet, or that executor's second pass."""
+def shards_part(quick: bool) -> Iterator[Row]:
+    """Yield a pass from shards beside the slower of reading and computing."""
+    case = Logistic()
+    rows, draws, turns = sized(quick, 1_000_000)
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        bound, batches = bind_to(case.model(), data), read(data)
+        executor = SerialExecutor(bound, data, Need(budget=0))
+        for num_draws in draws:
+            eta = points(case, num_draws)
+            ways: dict[str, Way] = {
+                "computing": partial(by_hand, case, eta, batches),
+                "dadvi": partial(executor.run, Gradient(eta)),
+                "reading": partial(only_read, by_hand(case, eta, batches), data),
+            }
+            seconds = take_turns(ways, turns)
+            best = [max(both) for both in zip(seconds["reading"], seconds["computing"], strict=True)]
+            figure = ratio(best, seconds["dadvi"])
+            yield Row(f"from shards, K = {num_draws}", figure, "limit / dadvi", 0.7, None, medians(seconds))
 
-    def prepare() -> Callable[[], GradientSums]:
-        executor = make()
-        if second:
-            executor.run(work)
-        return lambda: executor.run(work)
 
-    return prepare
+def only_read(known: GradientSums, data: dadvi.ShardedDataset) -> GradientSums:
+    """Read and verify all chunks; the sums are returned for the sake of the form."""
+    for chunk in range(data.manifest.num_chunks):
+        data.read(chunk)
+    return known
+
+
+def workers_part(quick: bool) -> Iterator[Row]:
+    """Yield what two workers gain over one."""
+    case, num_draws, rows, turns = Logistic(), 32, 500_000 if quick else 4_000_000, 3 if quick else 7
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        work, seconds = Gradient(points(case, num_draws)), {}
+        one, two = start_local(1), start_local(2)
+        with one[1], one[0], two[1], two[0]:
+            bound = bind_to(case.model(), data)
+            executors = {
+                f"{number} workers": DaskExecutor(bound, data, client, need=KEEP)
+                for number, client in ((1, one[0]), (2, two[0]))
+            }
+            seconds = take_turns({name: partial(each.run, work) for name, each in executors.items()}, turns)
+            for executor in executors.values():
+                executor.close()
+    yield Row("two workers, K = 32", ratio(*seconds.values()), "one / two", 1.8, None, medians(seconds))
+
+
+def threads_part(quick: bool) -> Iterator[Row]:
+    """Yield two workers beside two threads."""
+    case, rows, turns = Logistic(), 200_000 if quick else 2_000_000, 3 if quick else 9
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        bound, blocks = bind_to(case.model(), data), list(cut(read(data)))
+        client, cluster = start_local(2)
+        with cluster, client, DaskExecutor(bound, data, client, need=KEEP) as executor:
+            for num_draws in (1, 8):
+                eta = points(case, num_draws)
+                ways: dict[str, Way] = {
+                    "two threads": partial(on_two_threads, case, eta, blocks),
+                    "dadvi": partial(executor.run, Gradient(eta)),
+                }
+                seconds: Seconds = take_turns(ways, turns)
+                figure = ratio(*seconds.values())
+                yield Row(f"two workers, K = {num_draws}", figure, "two threads / dadvi", 0.6, None, medians(seconds))
+
+
+def cut(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield chunks in blocks of rows."""
+    for batch in batches:
+        parts = {name: values.split(BLOCK_ROWS) for name, values in batch.items()}
+        yield from (dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True))
+
+
+def on_two_threads(case: ByHand, eta: np.ndarray, blocks: Sequence[Batch]) -> GradientSums:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            return case.sums(eta, blocks)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sized(quick: bool, rows: int) -> tuple[int, tuple[int, ...], int]:
+    """Return rows, numbers of draws, and turns."""
+    return (rows // 10, (1, 8, 32), 5) if quick else (rows, (1, 8, 32), 9)
+
+
+PARTS = {
+    "memory": memory_part,
+    "shards": shards_part,
+    "models": models_part,
+    "workers": workers_part,
+    "threads": threads_part,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--columns", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="100 000 rows, 3 repeats")
-    options = parser.parse_args()
-    rows, repeats = (100_000, 3) if options.quick else (options.rows, options.repeats)
-
-    model = dadvi.Model(
-        prior={"beta": Normal(torch.zeros(options.columns), 1.0)},
-        likelihood=lambda beta, x: Bernoulli(logits=x @ beta),
-        observed="y",
-    )
-    figures: dict[int, dict[str, tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        on_disk = make_data(rows, options.columns, Path(directory) / "data.zarr")
-        in_memory = make_data(rows, options.columns, MemoryStore())
-        bound = bind_to(model, on_disk)
-        manifest = on_disk.manifest
-        batches = [on_disk.read(chunk) for chunk in range(manifest.num_chunks)]
-        client, cluster = start_local(WORKERS)
-        with cluster, client:
-            for num_draws in (1, 8, 32):
-                points = 0.1 * np.random.default_rng(num_draws).standard_normal((num_draws, options.columns))
-                work = Gradient(points)
-                makers: dict[str, Callable[[], SerialExecutor | DaskExecutor]] = {
-                    "serial": lambda: SerialExecutor(bound, on_disk),
-                    f"{WORKERS} workers": lambda: DaskExecutor(bound, on_disk, client),
-                }
-                ways: dict[str, Way] = {
-                    BY_HAND: lambda points=points: partial(by_hand, points, batches),
-                    "dadvi, resident": lambda points=points: partial(resident, points, bound, batches),
-                    "dadvi, memory store, first pass": executor_way(
-                        work, lambda: SerialExecutor(bound, in_memory), second=False
-                    ),
-                }
-                for name, make in makers.items():
-                    ways[f"dadvi, shards, {name}, first pass"] = executor_way(work, make, second=False)
-                    ways[f"dadvi, shards, {name}, second pass"] = executor_way(work, make, second=True)
-                figures[num_draws] = measure(ways, repeats)
-
-    cut = f"{manifest.num_chunks} chunks in {manifest.num_shards} shards"
-    columns = [Column(f"K = {num_draws}", justify="right") for num_draws in figures]
-    table = Table("", *columns, title=f"seconds a pass (ratio): {rows} x {options.columns} float32, {cut}")
-    for name in figures[1]:
-        table.add_row(name, *("{:.3f} ({:.2f})".format(*of_k[name]) for of_k in figures.values()))
-    console = Console(width=100)
-    console.print(table)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, dadvi {dadvi.__version__}"
-    console.print(
-        f"median of {repeats}; {os.cpu_count()} cores, one torch thread a process; {versions}", highlight=False
-    )
-    console.print(f"likelihood evaluated by strategy {bound.strategy!r}", highlight=False)
+    options = parser(__doc__, PARTS).parse_args()
+    rows = [row for name in options.parts or PARTS for row in PARTS[name](options.quick)]
+    tell("one gradient pass", rows, options.json)
 
 
 if __name__ == "__main__":
