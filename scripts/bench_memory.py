@@ -1,124 +1,123 @@
-"""A fit to data many times larger than its workers may hold: passes, rate, and the peak memory of every process.
+"""Memory of a fit to data that are much larger than it: 40 M x 100 float32, 16 GB on disk, two workers of 1 GiB each.
 
-Two worker processes with a budget each fit a logistic regression with 100 predictors to rows that were written to disk
-one piece at a time. The peak of a process is what it holds by itself (RssAnon of /proc, watched every 50 ms). Mapped
-files are not in it: their pages belong to the operating system, which takes them back when it needs them.
+The data, a logistic regression with correlated predictors (`problems.logistic`), are written shard by shard without
+being held, and removed afterwards. `dadvi.fit` then runs to a certificate of 0.1 with `memory_budget` for each of two
+worker processes. Figures are the most that each process had at any time, in MiB, against its budget and
+350 MiB for Python, torch and Dask:
 
-usage: python scripts/bench_memory.py [--quick] [--rows N] [--budget BYTES] [--directory PATH] [--json PATH]
+- anonymous: memory that is the process's own (RssAnon in /proc/PID/status, read 20 times a second);
+- resident: the system's own record of the peak (VmHWM), in which pages of mapped data files count too, although the
+  system takes them back when it needs them.
+
+With fewer rows the budget and the rows of a chunk are less in proportion.
+
+The coordinator holds the scheduler and the resident subsample; the data are written by another process. Passes, time
+per pass and rate of reading are those of the whole fit.
 """
 
-import argparse
-import json
+import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
-import dask.array as da
 import numpy as np
-import torch
-from dask.utils import format_bytes, parse_bytes
-from rich.console import Console
-from torch.distributions import Bernoulli, Normal
+from dask.utils import parse_bytes
+from problems import logistic
+from turns import Row, parser, tell
 
 import dadvi
 from dadvi.executors import start_local
 
-COLUMNS, PIECE_ROWS = 100, 250_000
-IMPORTS = 350 * 2**20
-"""Bytes of a process that has imported torch, Dask and dadvi: allowed on top of the budget."""
+WORKERS, TOL = 2, 0.1
+ROWS, CHUNK_ROWS, BUDGET = 40_000_000, 20_000, 2**30
+QUICK_ROWS = 1_000_000
+OVERHEAD = 350 * 2**20
+MIB = 2**20
 
 
-def make_data(rows: int, location: Path) -> dadvi.ShardedDataset:
-    """Write rows that are made a piece at a time, each from its own stream."""
-    slopes = (np.random.default_rng(0).standard_normal(COLUMNS) / COLUMNS**0.5).astype(np.float32)
-
-    def piece(block_info: dict) -> np.ndarray:
-        (start, stop), _ = block_info[None]["array-location"]
-        rng = np.random.default_rng([1, start])
-        x = rng.standard_normal((stop - start, COLUMNS + 1), dtype=np.float32)
-        x[:, -1] = rng.random(stop - start) < 1 / (1 + np.exp(-x[:, :-1] @ slopes))
-        return x
-
-    chunks = (da.core.normalize_chunks(PIECE_ROWS, (rows,))[0], (COLUMNS + 1,))
-    table = da.map_blocks(piece, chunks=chunks, dtype="float32", meta=np.empty((0, 0), np.float32))
-    return dadvi.write_shards(location, {"x": table[:, :-1], "y": table[:, -1]}, overwrite=True)
+def status(process: int, name: str) -> int:
+    """Return a figure of a process in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-class Watch:
-    """The largest RssAnon of some processes while it is open."""
+@contextmanager
+def watching(processes: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Give the most anonymous memory of each process, kept up to date while the body runs."""
+    most = dict.fromkeys(processes, 0)
+    done = threading.Event()
 
-    def __init__(self, processes: dict[str, int]) -> None:
-        self.processes, self.peaks = processes, dict.fromkeys(processes, 0)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+    def watch() -> None:
+        while not done.wait(0.05):
+            for name, process in processes.items():
+                most[name] = max(most[name], status(process, "RssAnon"))
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
 
-    def _run(self) -> None:
-        while not self._ended.wait(0.05):
-            for name, pid in self.processes.items():
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-                self.peaks[name] = max(self.peaks[name], held)
+def write(path: Path, rows: int) -> None:
+    drawn = logistic(np.random.default_rng(0), rows)
+    dadvi.write_shards(path, drawn.fields, chunk_rows=max(1, CHUNK_ROWS * rows // ROWS))
+
+
+def fit(path: Path, budget: int) -> list[Row]:
+    """Return the figures of a fit."""
+    data = dadvi.open_shards(path)
+    model = logistic(np.random.default_rng(0), 1).model
+    client, cluster = start_local(WORKERS)
+    with cluster, client:
+        processes = {f"worker {number}": pid for number, pid in enumerate(client.run(os.getpid).values())}
+        processes["coordinator"] = os.getpid()
+        before = {
+            kind: {name: status(process, kind) for name, process in processes.items()} for kind in ("RssAnon", "VmHWM")
+        }
+        with watching(processes) as most:
+            start = time.perf_counter()
+            posterior = dadvi.fit(model, data, client=client, memory_budget=budget, tol=TOL, seed=0, progress=False)
+            seconds = time.perf_counter() - start
+        peaks = {name: status(process, "VmHWM") for name, process in processes.items()}
+    size = data.manifest.row_bytes * data.num_rows
+    limit = (budget + OVERHEAD) / MIB
+    rows = [
+        Row(f"{name}, {what}", peak / MIB, "MiB", None, limit, f"{before[kind][name] / MIB:.0f} before the fit")
+        for what, kind, by_process in (("anonymous", "RssAnon", most), ("resident", "VmHWM", peaks))
+        for name, peak in by_process.items()
+    ]
+    said = f"{posterior.status}, {size / 1e9:.2f} GB"
+    return [
+        *rows,
+        Row("certificate", posterior.certificate.max, "sd", None, TOL, said),
+        Row("passes", posterior.passes, ""),
+        Row("time per pass", seconds / posterior.passes, "s", beside=f"{seconds:.1f} s in all"),
+        Row("rows read", size * posterior.passes / seconds / 1e6, "MB/s"),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="1 M rows and a budget of 256 MiB")
-    parser.add_argument("--rows", type=int, help="default 40 000 000, which take 16 GB")
-    parser.add_argument("--budget", help="of a worker; default 1 GiB")
-    parser.add_argument(
-        "--directory", type=Path, help="where to write the data; default: the system's for temporary files"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
-    options = parser.parse_args()
-    rows = options.rows or (1_000_000 if options.quick else 40_000_000)
-    budget = options.budget or ("256 MiB" if options.quick else "1 GiB")
-
-    model = dadvi.Model(
-        prior={"beta": Normal(torch.zeros(COLUMNS), 1.0)},
-        likelihood=lambda beta, x: Bernoulli(logits=x @ beta),
-        observed="y",
-    )
-    console = Console(width=110, highlight=False)
+    made = parser(__doc__, {"memory": fit})
+    made.add_argument("--rows", type=int, help=f"default: {ROWS:,}, or {QUICK_ROWS:,} if quick")
+    made.add_argument("--budget", help="bytes for a worker, such as '1 GiB'; default: that, times rows / 40 M")
+    made.add_argument("--directory", type=Path, help="where the data are written, in a directory that is removed again")
+    options = made.parse_args()
+    rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
+    budget = parse_bytes(options.budget) if options.budget else BUDGET * rows // ROWS
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        started = time.perf_counter()
-        data = make_data(rows, Path(directory) / "data.zarr")
-        console.print(f"{data!r}, written in {time.perf_counter() - started:.0f} s")
-        client, cluster = start_local(2)
-        with cluster, client:
-            processes = {
-                f"worker {n}": pid for n, pid in enumerate(client.run(lambda: __import__("os").getpid()).values())
-            }
-            with Watch(processes) as watch:
-                started = time.perf_counter()
-                posterior = dadvi.fit(model, data, client=client, memory_budget=budget)
-                seconds = time.perf_counter() - started
-    last = posterior.trace.iloc[-1]
-    figures = {
-        "rows": rows,
-        "data_bytes": data.manifest.num_bytes,
-        "budget": parse_bytes(budget),
-        "status": posterior.status,
-        "certificate": posterior.certificate.max if posterior.certificate else None,
-        "passes": posterior.passes,
-        "seconds": seconds,
-        "bytes_per_second": posterior.passes * data.manifest.num_bytes / seconds,
-        "profile": {name: float(last[name]) for name in ("read", "check", "forward", "backward", "wait", "transfer")},
-        "peaks": watch.peaks,
-        "within": {name: peak <= parse_bytes(budget) + IMPORTS for name, peak in watch.peaks.items()},
-    }
-    for name, value in figures.items():
-        console.print(f"{name:<18} {format_bytes(value) if 'bytes' in name or name == 'budget' else value}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        path = Path(directory) / "data.zarr"
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(write, path, rows).result()
+        figures = fit(path, budget)
+    tell(f"memory of a fit: {rows:,} rows of 100 float32, {budget / MIB:.0f} MiB a worker", figures, options.json)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,29 @@
-"""Seconds of one full-data gradient pass: dadvi beside hand-written torch, and beside what the machine allows.
+"""Speed of one gradient pass: log-likelihoods and gradients over all rows at K points, beside torch written by hand.
 
-In memory, one thread: dadvi's pass over chunks that are tensors already, beside a loop over the same chunks, written by
-hand with all draws side by side: value and gradient in closed form for the logistic regression, torch autograd on
-batched code for the others.
+Figures are ratios of seconds of one run: 1 is as fast as what stands for the best, more is faster. Each process has one
+torch thread unless told. Data are float32, in chunks of 8 000 rows.
 
-From shards, one thread and the thread that reads ahead, page cache warm, nothing kept: beside the slower of two limits,
-reading and verifying every chunk alone, and the loop by hand over chunks in memory.
-
-By workers: two that hold the chunks beside one, and beside blocked torch on two threads.
-
-A ratio is the other's seconds over dadvi's: 1 is as fast. Ways take turns, a ratio compares times of the same turn, and
-figures are medians over the turns. All ways must agree before they are timed.
-
-usage: python scripts/bench_pass.py [--quick] [--json PATH]
+- memory: a logistic regression, 100 columns, on chunks that are tensors already: a loop in closed form over dadvi.
+- shards: the same from uncompressed shards, which the operating system has in its cache, by one process that keeps no
+  chunks. It reads while it computes, so the best is the longer of two times: reading and verifying all chunks alone,
+  and the loop in closed form on tensors.
+- models: as memory, for other likelihoods: a gather from 2 000 and from 100 000 groups (by hand in closed form),
+  Student-t with unknown scale and degrees of freedom, and a network of three layers (both by automatic differentiation
+  of batched code). See `by_hand.py`.
+- workers: seconds on one worker process over those on two, which keep all chunks; K = 32.
+- threads: by two worker processes that keep all chunks, Dask included, against the loop in closed form on two torch
+  threads over the same chunks as tensors, each cut into blocks that fit the processor's cache.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from distributed import Client
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torch.distributions import Bernoulli, HalfNormal, LogNormal, Normal, StudentT
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from by_hand import ByHand, Groups, Logistic, Network, Student
+from turns import Row, Seconds, Way, medians, parser, ratio, take_turns, tell
 
 import dadvi
 from dadvi.executors import DaskExecutor, SerialExecutor, start_local
@@ -41,285 +31,183 @@ from dadvi.fit import bind_to
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Gradient, GradientSums, single_thread
-from dadvi.sharding import ShardedDataset
 from dadvi.stopwatch import Stopwatch
 from dadvi.types import Batch
 
-COLUMNS = 100
-BLOCK_ROWS = 16_384  # of blocked torch on two threads
+CHUNK_ROWS = 8_000
+"""Of any number of rows, so that a quick run has what every chunk costs in the same proportion."""
 
-Loop = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
-"""Log-likelihoods (K,) and gradients (K, D), both float64, of a chunk at float32 points η (K, D)."""
+BLOCK_ROWS = 2_048
+"""Rows whose 100 float32 fit the second-level cache of a core."""
 
-
-class Problem(NamedTuple):
-    """A model, and how its gradient is written by hand."""
-
-    model: dadvi.Model
-    by_hand: Loop
-    points: tuple[int, ...]  # K
+KEEP = Need(budget=2**33)
 
 
-def logistic() -> Problem:
-    """Return the regression whose gradient by hand is two products of matrices."""
-
-    def by_hand(eta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        x, y = batch["x"], batch["y"].float()[:, None]
-        logits = x @ eta.T  # (rows, K)
-        value = (y * logits - softplus(logits)).sum(0, dtype=torch.float64)
-        return value, ((y - torch.sigmoid(logits)).T @ x).double()
-
-    model = dadvi.Model(
-        prior={"beta": Normal(torch.zeros(COLUMNS), 1.0)},
-        likelihood=lambda beta, x: Bernoulli(logits=x @ beta),
-        observed="y",
-    )
-    return Problem(model, by_hand, (1, 8, 32))
+def write(path: Path, case: ByHand, rows: int) -> dadvi.ShardedDataset:
+    return dadvi.write_shards(path, case.fields(np.random.default_rng(0), rows), chunk_rows=CHUNK_ROWS)
 
 
-def by_autograd(log_lik: Callable[[Tensor, Batch], Tensor]) -> Loop:
-    """Return a loop that differentiates log-likelihoods (rows, K) of batched code."""
-
-    def by_hand(eta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        leaf = eta.detach().requires_grad_()
-        rows = log_lik(leaf, batch)
-        (grad,) = torch.autograd.grad(rows.sum(), leaf)
-        return rows.detach().sum(0, dtype=torch.float64), grad.double()
-
-    return by_hand
+def read(data: dadvi.ShardedDataset) -> list[Batch]:
+    """Return all chunks as tensors in memory of their own."""
+    return [
+        {name: values.clone() for name, values in data.read(chunk).items()} for chunk in range(data.manifest.num_chunks)
+    ]
 
 
-def gather(groups: int) -> Problem:
-    """Return a logistic regression with an effect of a group for each row."""
-
-    def log_lik(eta: Tensor, batch: Batch) -> Tensor:
-        logits = batch["x"] @ eta[:, :COLUMNS].T + eta[:, COLUMNS:].T.index_select(0, batch["g"] % groups)
-        return -binary_cross_entropy_with_logits(
-            logits, batch["y"].float()[:, None].expand_as(logits), reduction="none"
-        )
-
-    model = dadvi.Model(
-        prior={"beta": Normal(torch.zeros(COLUMNS), 1.0), "u": Normal(torch.zeros(groups), 1.0)},
-        likelihood=lambda beta, u, x, g: Bernoulli(logits=x @ beta + u[g % groups]),
-        observed="y",
-    )
-    return Problem(model, by_autograd(log_lik), (1, 8))
+def points(case: ByHand, num_draws: int) -> np.ndarray:
+    """Return η (K, D)."""
+    return 0.1 * np.random.default_rng(num_draws).standard_normal((num_draws, case.model().dim))
 
 
-def student() -> Problem:
-    """Return a robust regression with unknown scale and degrees of freedom."""
-
-    def log_lik(eta: Tensor, batch: Batch) -> Tensor:
-        scale, df = eta[:, COLUMNS].exp(), eta[:, COLUMNS + 1].exp()
-        z = (batch["z"][:, None] - batch["x"] @ eta[:, :COLUMNS].T) / scale
-        constant = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * (df * torch.pi).log() - scale.log()
-        return constant - (df + 1) / 2 * torch.log1p(z.square() / df)
-
-    prior = {"beta": Normal(torch.zeros(COLUMNS), 1.0), "scale": HalfNormal(1.0), "df": LogNormal(1.0, 1.0)}
-    model = dadvi.Model(prior, lambda beta, scale, df, x: StudentT(df, x @ beta, scale), observed="z")
-    return Problem(model, by_autograd(log_lik), (1, 8))
+def by_hand(case: ByHand, eta: np.ndarray, batches: Sequence[Batch]) -> GradientSums:
+    with torch.no_grad(), single_thread():
+        return case.sums(eta, batches)
 
 
-def network(width: int = 16) -> Problem:
-    """Return a logistic regression on the second hidden layer of a network."""
-    cuts = [COLUMNS * width, width * width, width]
+def resident(eta: np.ndarray, model: BoundModel, batches: Sequence[Batch]) -> GradientSums:
+    """Return the sums of dadvi's pass over tensors."""
+    with single_thread():
+        total = Gradient(eta).over(model, Stopwatch())
+        for batch in batches:
+            total.add(batch)
+        return total.sums()
 
-    def log_lik(eta: Tensor, batch: Batch) -> Tensor:
-        first, second, last = eta.split(cuts, 1)
-        hidden = torch.tanh(batch["x"] @ first.reshape(-1, COLUMNS, width))  # (K, rows, width)
-        hidden = torch.tanh(hidden @ second.reshape(-1, width, width))
-        logits = (hidden @ last[:, :, None])[..., 0].T
-        return -binary_cross_entropy_with_logits(
-            logits, batch["y"].float()[:, None].expand_as(logits), reduction="none"
-        )
 
-    prior = {
-        "v": Normal(torch.zeros(COLUMNS, width), 0.1),
-        "w": Normal(torch.zeros(width, width), 0.3),
-        "b": Normal(torch.zeros(width), 1.0),
+def in_memory(what: str, case: ByHand, rows: int, draws: Sequence[int], turns: int, aim: float) -> Iterator[Row]:
+    """Yield dadvi beside the loop by hand, both on tensors."""
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        batches, bound = read(data), bind_to(case.model(), data)
+    for num_draws in draws:
+        eta = points(case, num_draws)
+        ways: dict[str, Way] = {
+            "by hand": partial(by_hand, case, eta, batches),
+            "dadvi": partial(resident, eta, bound, batches),
+        }
+        seconds = take_turns(ways, turns)
+        beside = f"{medians(seconds)}; {rows:,} rows, strategy {bound.strategy}"
+        yield Row(f"{what}, K = {num_draws}", ratio(*seconds.values()), "by hand / dadvi", aim, None, beside)
+
+
+def memory_part(quick: bool) -> Iterator[Row]:
+    """Yield dadvi beside closed form, on tensors."""
+    yield from in_memory("logistic", Logistic(), *sized(quick, 1_000_000), aim=0.8)
+
+
+def models_part(quick: bool) -> Iterator[Row]:
+    """Yield the same for other likelihoods."""
+    cases = {
+        "gather, 2 000 groups": Groups(2_000),
+        "gather, 100 000 groups": Groups(100_000),
+        "Student-t": Student(),
+        "network": Network(),
     }
-    model = dadvi.Model(prior, lambda v, w, b, x: Bernoulli(logits=torch.tanh(torch.tanh(x @ v) @ w) @ b), observed="y")
-    return Problem(model, by_autograd(log_lik), (1, 8))
+    for name, case in cases.items():
+        rows, _, turns = sized(quick, 500_000)
+        yield from in_memory(name, case, rows, (1, 8), turns, aim=0.7)
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "logistic": logistic,
-    "gather, 2 000 groups": lambda: gather(2_000),
-    "gather, 100 000 groups": lambda: gather(100_000),
-    "Student-t": student,
-    "3 layers": network,
+def shards_part(quick: bool) -> Iterator[Row]:
+    """Yield a pass from shards beside the slower of reading and computing."""
+    case = Logistic()
+    rows, draws, turns = sized(quick, 1_000_000)
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        bound, batches = bind_to(case.model(), data), read(data)
+        executor = SerialExecutor(bound, data, Need(budget=0))
+        for num_draws in draws:
+            eta = points(case, num_draws)
+            ways: dict[str, Way] = {
+                "computing": partial(by_hand, case, eta, batches),
+                "dadvi": partial(executor.run, Gradient(eta)),
+                "reading": partial(only_read, by_hand(case, eta, batches), data),
+            }
+            seconds = take_turns(ways, turns)
+            best = [max(both) for both in zip(seconds["reading"], seconds["computing"], strict=True)]
+            figure = ratio(best, seconds["dadvi"])
+            yield Row(f"from shards, K = {num_draws}", figure, "limit / dadvi", 0.7, None, medians(seconds))
+
+
+def only_read(known: GradientSums, data: dadvi.ShardedDataset) -> GradientSums:
+    """Read and verify all chunks; the sums are returned for the sake of the form."""
+    for chunk in range(data.manifest.num_chunks):
+        data.read(chunk)
+    return known
+
+
+def workers_part(quick: bool) -> Iterator[Row]:
+    """Yield what two workers gain over one."""
+    case, num_draws, rows, turns = Logistic(), 32, 500_000 if quick else 4_000_000, 3 if quick else 7
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        work, seconds = Gradient(points(case, num_draws)), {}
+        one, two = start_local(1), start_local(2)
+        with one[1], one[0], two[1], two[0]:
+            bound = bind_to(case.model(), data)
+            executors = {
+                f"{number} workers": DaskExecutor(bound, data, client, need=KEEP)
+                for number, client in ((1, one[0]), (2, two[0]))
+            }
+            seconds = take_turns({name: partial(each.run, work) for name, each in executors.items()}, turns)
+            for executor in executors.values():
+                executor.close()
+    yield Row("two workers, K = 32", ratio(*seconds.values()), "one / two", 1.8, None, medians(seconds))
+
+
+def threads_part(quick: bool) -> Iterator[Row]:
+    """Yield two workers beside two threads."""
+    case, rows, turns = Logistic(), 200_000 if quick else 2_000_000, 3 if quick else 9
+    with tempfile.TemporaryDirectory() as directory:
+        data = write(Path(directory) / "data.zarr", case, rows)
+        bound, blocks = bind_to(case.model(), data), list(cut(read(data)))
+        client, cluster = start_local(2)
+        with cluster, client, DaskExecutor(bound, data, client, need=KEEP) as executor:
+            for num_draws in (1, 8):
+                eta = points(case, num_draws)
+                ways: dict[str, Way] = {
+                    "two threads": partial(on_two_threads, case, eta, blocks),
+                    "dadvi": partial(executor.run, Gradient(eta)),
+                }
+                seconds: Seconds = take_turns(ways, turns)
+                figure = ratio(*seconds.values())
+                yield Row(f"two workers, K = {num_draws}", figure, "two threads / dadvi", 0.6, None, medians(seconds))
+
+
+def cut(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield chunks in blocks of rows."""
+    for batch in batches:
+        parts = {name: values.split(BLOCK_ROWS) for name, values in batch.items()}
+        yield from (dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True))
+
+
+def on_two_threads(case: ByHand, eta: np.ndarray, blocks: Sequence[Batch]) -> GradientSums:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            return case.sums(eta, blocks)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sized(quick: bool, rows: int) -> tuple[int, tuple[int, ...], int]:
+    """Return rows, numbers of draws, and turns."""
+    return (rows // 10, (1, 8, 32), 5) if quick else (rows, (1, 8, 32), 9)
+
+
+PARTS = {
+    "memory": memory_part,
+    "shards": shards_part,
+    "models": models_part,
+    "workers": workers_part,
+    "threads": threads_part,
 }
 
 
-def make_data(rows: int, location: Path) -> ShardedDataset:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((rows, COLUMNS), dtype=np.float32)
-    slopes = (rng.standard_normal(COLUMNS) / COLUMNS**0.5).astype(np.float32)
-    z = x @ slopes + rng.standard_normal(rows, dtype=np.float32)
-    groups = rng.integers(0, 100_000, rows, dtype=np.int32)
-    return dadvi.write_shards(location, {"x": x, "y": (z > 0).astype(np.uint8), "z": z, "g": groups})
-
-
-def loop(by_hand: Loop, points: np.ndarray, batches: Sequence[Batch]) -> GradientSums:
-    """Sum a loop over the chunks."""
-    eta = torch.from_numpy(points).float()
-    log_lik = torch.zeros(len(eta), dtype=torch.float64)
-    grad = torch.zeros(eta.shape, dtype=torch.float64)
-    for batch in batches:
-        value, slope = by_hand(eta, batch)
-        log_lik += value
-        grad += slope
-    return GradientSums(log_lik.numpy(), grad.numpy())
-
-
-def resident(points: np.ndarray, model: BoundModel, batches: Sequence[Batch]) -> GradientSums:
-    """Sum dadvi's pass over the same chunks."""
-    total = Gradient(points).over(model, Stopwatch())
-    for batch in batches:
-        total.add(batch)
-    return total.sums()
-
-
-Way = Callable[[], GradientSums | None]
-
-
-def take_turns(ways: dict[str, Way], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each way in each turn, after a turn in which those with a result must agree."""
-    results = [(name, result) for name, way in ways.items() if (result := way()) is not None]
-    _, expected = results[0]
-    size = np.abs(expected.grad).max()
-    for name, result in results:
-        same = np.allclose(result.log_lik, expected.log_lik, rtol=1e-3)
-        if not (same and np.allclose(result.grad, expected.grad, rtol=1e-2, atol=1e-3 * size)):
-            raise SystemExit(f"{name!r} disagrees with {results[0][0]!r}; a time for it means nothing")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(others: Sequence[float], ours: Sequence[float]) -> float:
-    return statistics.median(other / own for other, own in zip(others, ours, strict=True))
-
-
-class Bench:
-    """The rows of the table."""
-
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, what: str, num_points: int, against: str, others: Sequence[float], ours: Sequence[float]) -> None:
-        """Add a row."""
-        row = {"what": what, "K": num_points, "against": against, "seconds": statistics.median(ours)}
-        self.rows.append({**row, "ratio": ratio(others, ours)})
-
-    def in_memory(self, data: ShardedDataset, batches: Sequence[Batch]) -> None:
-        """Time every problem on chunks in memory, beside a loop by hand."""
-        for name, make in PROBLEMS.items():
-            problem = make()
-            bound = bind_to(problem.model, data)
-            for num_points in problem.points:
-                points = 0.1 * np.random.default_rng(1).standard_normal((num_points, bound.model.dim))
-                ways: dict[str, Way] = {
-                    # Bound now, not at the call, when the loop has moved on.
-                    "hand": lambda points=points, problem=problem: loop(problem.by_hand, points, batches),
-                    "dadvi": lambda points=points, bound=bound: resident(points, bound, batches),
-                }
-                with single_thread():
-                    seconds = take_turns(ways, self.repeats)
-                self.add(f"in memory, {name}", num_points, "loop by hand", seconds["hand"], seconds["dadvi"])
-
-    def from_shards(self, data: ShardedDataset, batches: Sequence[Batch]) -> None:
-        """Time passes that keep nothing, beside the slower of reading and computing."""
-        problem = logistic()
-        bound = bind_to(problem.model, data)
-
-        def read() -> None:
-            for chunk in range(data.manifest.num_chunks):
-                data.read(chunk, bound.fields)
-
-        for num_points in problem.points:
-            points = 0.1 * np.random.default_rng(1).standard_normal((num_points, COLUMNS))
-            executor = SerialExecutor(bound, data, Need(budget=0))
-            ways: dict[str, Way] = {
-                "hand": lambda points=points: loop(problem.by_hand, points, batches),
-                "read": read,
-                "dadvi": lambda points=points, executor=executor: executor.run(Gradient(points)),
-            }
-            with single_thread():
-                seconds = take_turns(ways, self.repeats)
-            limits = [max(pair) for pair in zip(seconds["hand"], seconds["read"], strict=True)]
-            self.add("from shards, nothing kept", num_points, "slower limit", limits, seconds["dadvi"])
-
-    def by_workers(self, data: ShardedDataset, batches: Sequence[Batch], one: Client, two: Client) -> None:
-        """Time passes by workers that hold the chunks, beside one worker and blocked torch."""
-        problem = logistic()
-        bound = bind_to(problem.model, data)
-        blocks = [
-            {name: values[first : first + BLOCK_ROWS] for name, values in batch.items()}
-            for batch in batches
-            for first in range(0, len(batch["y"]), BLOCK_ROWS)
-        ]
-
-        def blocked(points: np.ndarray) -> GradientSums:
-            torch.set_num_threads(2)
-            try:
-                return loop(problem.by_hand, points, blocks)
-            finally:
-                torch.set_num_threads(1)
-
-        with DaskExecutor(bound, data, one) as alone, DaskExecutor(bound, data, two) as both:
-            for num_points in problem.points:
-                work = Gradient(0.1 * np.random.default_rng(1).standard_normal((num_points, COLUMNS)))
-                ways: dict[str, Way] = {
-                    "torch": lambda work=work: blocked(work.points),
-                    "one": lambda work=work: alone.run(work),
-                    "two": lambda work=work: both.run(work),
-                }
-                seconds = take_turns(ways, self.repeats)
-                self.add("two workers, chunks kept", num_points, "one worker", seconds["one"], seconds["two"])
-                self.add("two workers, chunks kept", num_points, "torch, 2 threads", seconds["torch"], seconds["two"])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rows and repeats")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
-    options = parser.parse_args()
-    rows, more_rows, repeats = (100_000, 400_000, 3) if options.quick else (500_000, 2_000_000, 7)
-    bench = Bench(repeats)
-    with tempfile.TemporaryDirectory() as directory:
-        data = make_data(rows, Path(directory) / "data.zarr")
-        batches = [data.read(chunk) for chunk in range(data.manifest.num_chunks)]
-        bench.in_memory(data, batches)
-        bench.from_shards(data, batches)
-        more = make_data(more_rows, Path(directory) / "more.zarr")
-        batches = [more.read(chunk) for chunk in range(more.manifest.num_chunks)]
-        clusters = [start_local(1), start_local(2)]
-        try:
-            bench.by_workers(more, batches, clusters[0][0], clusters[1][0])
-        finally:
-            for client, cluster in clusters:
-                client.close()
-                cluster.close()
-
-    console = Console(width=110, highlight=False)
-    table = Table(
-        "dadvi's pass", "K", "against", "seconds", "ratio", title=f"{rows:,} and {more_rows:,} rows x {COLUMNS}"
-    )
-    for row in bench.rows:
-        table.add_row(row["what"], str(row["K"]), row["against"], f"{row['seconds']:.3f}", f"{row['ratio']:.2f}")
-    console.print(table)
-    console.print(
-        f"median of {repeats}; {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"dadvi {dadvi.__version__}"
-    )
-    if options.json:
-        options.json.write_text(json.dumps(bench.rows, indent=2) + "\n")
+    options = parser(__doc__, PARTS).parse_args()
+    rows = [row for name in options.parts or PARTS for row in PARTS[name](options.quick)]
+    tell("one gradient pass", rows, options.json)
 
 
 if __name__ == "__main__":

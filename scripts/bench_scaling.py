@@ -1,146 +1,222 @@
-"""What the coordinator and Dask's scheduler add to a pass and to a minibatch, and how a pass grows with the data.
+"""How the time of a pass grows with the rows and the workers, and what a stochastic step costs beyond its arithmetic.
 
-- growth: seconds of a pass over ten times the rows, over ten times the seconds of a pass over the rows; one process;
-- weak scaling: a pass over two shards a worker, each of which takes a worker one second (it sleeps), with up to 64
-  workers, all in this process: seconds beyond two, as a share of the pass;
-- a step: a minibatch of 16 chunks of a model with one latent, at 8 draws: milliseconds beyond those of the busiest
-  worker, on two worker processes and on 64 workers in this process.
-
-usage: python scripts/bench_scaling.py [--quick] [--json PATH]
+- rows: seconds of a gradient pass on ten times the rows over those on once the rows, in chunks and shards of the same
+  size, K = 8: by one process that keeps no chunks, and by two worker processes that keep all of them. Ten is linear;
+  less says that a part of a pass does not grow.
+- workers: shards whose work is simulated: each sleeps for a second and returns sums of the size that a gradient's have
+  (K = 8, D = 100). Two shards a worker, so that an ideal pass takes two seconds on any number of workers; the figure is
+  what it takes beyond, as a share of the two seconds. Workers are threads of this process, as are scheduler and client,
+  so all of them share one interpreter: a cluster of as many machines has less to do in any of its processes.
+- steps: a gradient of 16 random chunks of 200 rows and 5 columns at K = 8, as a stochastic step has it. The figure is
+  the step's seconds minus those in which the busiest worker computed. Beside it where they went, by the times that
+  Dask has of each task: until the first task began (submitting, scheduling, messages), from there until the last ended
+  beyond the busiest worker's computing (workers that began later), and since then (messages, gathering, adding up).
+  With worker processes also the processor's time of this process, which holds client and scheduler: other work on the
+  machine adds less to it.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from distributed import Client, LocalCluster
-from rich.console import Console
-from torch.distributions import Normal
+from distributed import Client, LocalCluster, get_task_stream
+from torch.distributions import Bernoulli, Normal
+from turns import Row, medians, parser, ratio, tell, timed
 
 import dadvi
-from dadvi.executors import DaskExecutor, SerialExecutor
+from dadvi.executors import DaskExecutor, Executor, SerialExecutor, start_local
 from dadvi.fit import bind_to
 from dadvi.likelihood import BoundModel
-from dadvi.passes import Gradient, LogLikSums, Pass
+from dadvi.memory import Need
+from dadvi.passes import Gradient, GradientSums, Pass, Summation
+from dadvi.stopwatch import Stopwatch
 from dadvi.types import Batch
 
-CHUNK_ROWS, COLUMNS = 64, 100
+DRAWS = 8
+STEP_CHUNKS = 16
+SHARDS_A_WORKER, SHARD_SECONDS = 2, 1.0
+
+
+def write(path: Path, rows: int, columns: int, chunk_rows: int, shard_chunks: int) -> dadvi.ShardedDataset:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, columns), dtype=np.float32)
+    y = rng.random(rows, dtype=np.float32) < 0.5
+    return dadvi.write_shards(path, {"x": x, "y": y}, chunk_rows=chunk_rows, shard_rows=shard_chunks * chunk_rows)
+
+
+def bound_to(data: dadvi.ShardedDataset) -> BoundModel:
+    """Return a logistic regression on the data."""
+    prior = {"beta": Normal(torch.zeros(data.manifest.fields["x"].shape[0]), 1.0)}
+    return bind_to(dadvi.Model(prior, lambda beta, x: Bernoulli(logits=x @ beta), "y"), data)
+
+
+def gradient(seed: int, dim: int) -> Gradient:
+    return Gradient(0.1 * np.random.default_rng(seed).standard_normal((DRAWS, dim)))
+
+
+@contextmanager
+def workers(number: int, *, processes: bool) -> Iterator[Client]:
+    """Give a client of single-threaded local workers."""
+    with ExitStack() as stack:
+        if processes:
+            client, cluster = start_local(number)
+            stack.enter_context(cluster)
+        else:
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=number,
+                    threads_per_worker=1,
+                    processes=False,
+                    memory_limit=0,
+                    dashboard_address=None,
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                )
+            )
+            client = Client(cluster, set_as_default=False)
+        yield stack.enter_context(client)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def rows_part(quick: bool, directory: Path) -> Iterator[Row]:
+    """Yield what ten times the rows take."""
+    columns, few, turns = 100, 50_000 if quick else 200_000, 3 if quick else 9
+    data = {rows: write(directory / f"{rows}.zarr", rows, columns, 5_000, 5) for rows in (few, 10 * few)}
+    work = gradient(0, columns)
+    with workers(2, processes=True) as client:
+        makers: dict[str, Callable[[dadvi.ShardedDataset], Executor]] = {
+            "one process, reading": lambda data: SerialExecutor(bound_to(data), data, Need(budget=0)),
+            "two workers, keeping": lambda data: DaskExecutor(bound_to(data), data, client),
+        }
+        for name, make in makers.items():
+            executors = {rows: make(each) for rows, each in data.items()}
+            seconds: dict[str, list[float]] = {f"{rows:,} rows": [] for rows in data}
+            for executor in executors.values():
+                executor.run(work)
+            for _ in range(turns):
+                for rows, executor in executors.items():
+                    seconds[f"{rows:,} rows"].append(timed(partial(executor.run, work)))
+            small, large = seconds.values()
+            yield Row(f"10 times the rows, {name}", ratio(large, small), "times", None, 11, medians(seconds))
+            for executor in executors.values():
+                executor.close()
+
+
+# Workers --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sleep(Pass[LogLikSums]):
-    """A pass that takes its time for every chunk."""
+class Simulated(Gradient):
+    """A pass whose chunks take a time that is given, on no processor."""
 
-    name: ClassVar[str] = "sleep"
-    seconds: float
+    def over(self, model: BoundModel, watch: Stopwatch) -> Summation[GradientSums]:
+        """Return a summation that sleeps."""
+        return Pass.over(self, model, watch)
 
-    def size(self, dim: int) -> int:  # noqa: ARG002
-        """Return how many numbers its sums have."""
-        return 1
-
-    def on_chunk(self, model: BoundModel, batch: Batch) -> LogLikSums:  # noqa: ARG002
-        """Sleep."""
-        time.sleep(self.seconds)
-        return LogLikSums(np.zeros(1))
+    def on_chunk(self, model: BoundModel, batch: Batch) -> GradientSums:  # noqa: ARG002
+        """Return sums of the right size."""
+        time.sleep(SHARD_SECONDS)
+        return GradientSums(np.ones(len(self.points)), np.ones(self.points.shape))
 
 
-def workers(number: int, *, processes: bool) -> LocalCluster:
-    return LocalCluster(
-        n_workers=number,
-        threads_per_worker=1,
-        processes=processes,
-        memory_limit=0,
-        dashboard_address=None,
-        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-    )
+def workers_part(quick: bool, directory: Path) -> Iterator[Row]:
+    """Yield what a pass takes beyond the work of its shards."""
+    ideal, turns = SHARDS_A_WORKER * SHARD_SECONDS, 2 if quick else 5
+    for number in (1, 64) if quick else (1, 4, 16, 64):
+        shards = SHARDS_A_WORKER * number
+        data = write(directory / f"{number}.zarr", 10 * shards, 100, 10, 1)
+        with workers(number, processes=False) as client, DaskExecutor(bound_to(data), data, client) as executor:
+            work = Simulated(gradient(0, 100).points)
+            expected = executor.run(work).log_lik[0]
+            if expected != shards:
+                raise SystemExit(f"a pass over {shards} shards counted {expected:g}; a time for it means nothing")
+            seconds = [timed(partial(executor.run, work)) for _ in range(turns)]
+        beside = f"{statistics.median(seconds):.3f} s for {shards} shards"
+        yield Row(f"{number} simulated workers", 100 * (statistics.median(seconds) / ideal - 1), "%", None, 5, beside)
 
 
-def tiny(directory: Path, num_shards: int) -> tuple[BoundModel, dadvi.ShardedDataset]:
-    """Return a model with one latent, and data of 16 small chunks a shard."""
-    y = np.random.default_rng(0).standard_normal(num_shards * 16 * CHUNK_ROWS).astype(np.float32)
-    cut = {"chunk_rows": CHUNK_ROWS, "shard_rows": 16 * CHUNK_ROWS}
-    data = dadvi.write_shards(Path(tempfile.mkdtemp(dir=directory)) / "tiny.zarr", {"y": y}, **cut)
-    model = dadvi.Model({"m": Normal(0.0, 1.0)}, lambda m: Normal(m, 1.0), observed="y")
-    return bind_to(model, data), data
+# Steps ----------------------------------------------------------------------------------------------------------------
 
 
-def growth(directory: Path, rows: int, repeats: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    model = dadvi.Model(
-        prior={"b": Normal(torch.zeros(COLUMNS), 1.0)}, likelihood=lambda b, x: Normal(x @ b, 1.0), observed="y"
-    )
-    executors = []
-    for times in (1, 10):
-        x = rng.standard_normal((times * rows, COLUMNS), dtype=np.float32)
-        cut = {"chunk_rows": 10_000, "shard_rows": 100_000}
-        data = dadvi.write_shards(directory / f"grown-{times}.zarr", {"x": x, "y": x[:, 0]}, **cut)
-        executors.append(SerialExecutor(bind_to(model, data), data))
-    seconds: list[list[float]] = [[], []]
-    for turn in range(repeats + 1):
-        for taken, executor in zip(seconds, executors, strict=True):
-            started = time.perf_counter()
-            executor.run(Gradient(np.zeros((8, COLUMNS))))
-            if turn:  # the first one reads
-                taken.append(time.perf_counter() - started)
-    few, many = map(statistics.median, seconds)
-    return {"what": f"a pass over {10 * rows:,} rows, beside ten over {rows:,}", "value": many / (10 * few), "unit": ""}
+def steps_part(quick: bool, directory: Path) -> Iterator[Row]:
+    """Yield what a stochastic step takes beyond the work of the busiest worker."""
+    turns = 40 if quick else 200
+    for number, processes in ((2, True), (64, False)):
+        data = write(directory / f"steps-{number}.zarr", 200 * 128, 5, 200, 1 if number == 64 else 16)
+        bound = bound_to(data)
+        rng = np.random.default_rng(0)
+        with workers(number, processes=processes) as client, DaskExecutor(bound, data, client) as executor:
+            serial = SerialExecutor(bound, data)
+            measured: dict[str, list[float]] = {}
+            for turn in range(-5, turns):  # some to warm up
+                chunks = rng.choice(data.manifest.num_chunks, STEP_CHUNKS, replace=False)
+                work = gradient(turn + 5, 5)
+                figures, sums = one_step(executor, client, work, chunks)
+                if turn < 0:
+                    if not np.array_equal(sums.grad, serial.run(work, chunks).grad):
+                        raise SystemExit("a step has not the bits of one process; a time for it means nothing")
+                    continue
+                for name, value in figures.items():
+                    measured.setdefault(name, []).append(1e3 * value)
+        overhead = measured.pop("overhead")
+        middle = {name: statistics.median(values) for name, values in measured.items()}
+        if not processes:
+            del middle["processor"]
+        beside = ", ".join(f"{name} {value:.1f}" for name, value in middle.items())
+        kind = "worker processes" if processes else "workers in this process"
+        least = f"least {min(overhead):.1f}, tenth {np.quantile(overhead, 0.1):.1f}; medians: {beside}"
+        yield Row(f"a step on {number} {kind}", statistics.median(overhead), "ms", None, 3, least)
 
 
-def weak_scaling(directory: Path, number: int) -> dict[str, Any]:
-    bound, data = tiny(directory, 2 * number)
-    with workers(number, processes=False) as cluster, Client(cluster, set_as_default=False) as client:
-        executor = DaskExecutor(bound, data, client)
-        executor.run(Sleep(0.0))
-        started = time.perf_counter()
-        executor.run(Sleep(1 / 16))
-        elapsed = time.perf_counter() - started
-    return {"what": f"overhead of a pass of 2 s, {number} workers", "value": 100 * (elapsed - 2) / elapsed, "unit": "%"}
+def one_step(
+    executor: DaskExecutor, client: Client, work: Gradient, chunks: np.ndarray
+) -> tuple[dict[str, float], GradientSums]:
+    """Run a step and return the seconds it took beyond its work, and by where they went."""
+    with get_task_stream(client=client) as stream:
+        before = executor.profile
+        processor, started, start = time.process_time(), time.time(), time.perf_counter()
+        sums = executor.run(work, chunks)
+        elapsed = time.perf_counter() - start
+        ended, processor = time.time(), time.process_time() - processor
+    after = executor.profile
+    busiest = elapsed - (after.transfer - before.transfer) - (after.reduce - before.reduce)
+    # Workers add what they take for the difference between their clock and the scheduler's; here it is one clock.
+    delays = client.run(lambda dask_worker: dask_worker.scheduler_delay)
+    runs = [
+        (each["start"] - delays[task["worker"]], each["stop"] - delays[task["worker"]])
+        for task in stream.data
+        for each in task["startstops"]
+        if each["action"] == "compute"
+    ]
+    first, last = min(run[0] for run in runs), max(run[1] for run in runs)
+    return {
+        "overhead": elapsed - busiest,
+        "until the first task": first - started,
+        "until the last has ended, beyond the busiest": last - first - busiest,
+        "since then": ended - last,
+        "computing": busiest,
+        "processor": processor,
+    }, sums
 
 
-def step(directory: Path, number: int, steps: int, *, processes: bool) -> dict[str, Any]:
-    bound, data = tiny(directory, 64)
-    rng = np.random.default_rng(1)
-    with workers(number, processes=processes) as cluster, Client(cluster, set_as_default=False) as client:
-        executor = DaskExecutor(bound, data, client)
-        work = Gradient(np.zeros((8, 1)))
-        executor.run(work)
-        beyond = []
-        for _ in range(steps):
-            chunks = rng.choice(data.manifest.num_chunks, 16, replace=False)
-            before = executor.profile.transfer
-            executor.run(work, chunks)
-            beyond.append(executor.profile.transfer - before)
-    where = "worker processes" if processes else "workers in this process"
-    return {"what": f"overhead of a step, {number} {where}", "value": 1e3 * statistics.median(beyond), "unit": "ms"}
+PARTS = {"rows": rows_part, "workers": workers_part, "steps": steps_part}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rows, workers and steps")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
-    options = parser.parse_args()
-    rows, numbers, steps = (50_000, [1, 16], 40) if options.quick else (200_000, [1, 4, 16, 64], 200)
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        figures = [growth(directory, rows, 5)]
-        figures += [weak_scaling(directory, number) for number in numbers]
-        figures.append(step(directory, 2, steps, processes=True))
-        figures.append(step(directory, numbers[-1], steps, processes=False))
-    console = Console(width=110, highlight=False)
-    for figure in figures:
-        console.print(f"{figure['what']:<60} {figure['value']:.2f} {figure['unit']}")
-    console.print(f"{os.cpu_count()} cores; Python {platform.python_version()}, dadvi {dadvi.__version__}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    options = parser(__doc__, PARTS).parse_args()
+    rows: list[Row] = []
+    for name in options.parts or PARTS:
+        with tempfile.TemporaryDirectory() as directory:
+            rows += PARTS[name](options.quick, Path(directory))
+    tell("scaling", rows, options.json)
 
 
 if __name__ == "__main__":
