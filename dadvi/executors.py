@@ -58,6 +58,9 @@ TOGETHER = 8
 IN_PROCESS_BYTES = 256 * 2**20
 """Data up to this size are fitted in the caller's process when no client is given."""
 
+REUSED_BYTES = 64 * 2**20
+"""Memory that a worker keeps for the next chunk's arrays; Dask has workers give each back, and the system clear it."""
+
 
 class Executor(Protocol):
     """Runs passes over one data set with one model."""
@@ -475,13 +478,15 @@ def _check_certificate(address: str) -> None:
 
 def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
     """Start single-threaded worker processes on this machine (default: one per core) and return a client of them."""
-    cluster = LocalCluster(
-        n_workers=num_workers,
-        threads_per_worker=1,
-        processes=True,
-        dashboard_address=None,
-        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port: None asks for 8787, and warns if taken
-    )
+    reuse = {f"distributed.nanny.pre-spawn-environ.MALLOC_{what}_THRESHOLD_": REUSED_BYTES for what in ("MMAP", "TRIM")}
+    with dask.config.set(reuse):
+        cluster = LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port: None asks for 8787, warns if taken
+        )
     return Client(cluster, set_as_default=False), cluster
 
 

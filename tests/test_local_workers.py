@@ -1,0 +1,35 @@
+"""The worker processes that dadvi starts itself."""
+
+import resource
+
+import pytest
+import torch
+
+from dadvi.executors import start_local
+
+TIMES, PAGES = 50, 256
+"""Arrays made one after the other, and 4 KiB pages of each."""
+
+
+def page_faults() -> int:
+    """Return how many pages the system had to provide while arrays of 1 MiB were made and dropped, after a first."""
+    torch.ones(PAGES * 1024)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(TIMES):
+        torch.ones(PAGES * 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """An environment in which no cluster has been started yet: what is set there, Dask leaves."""
+    for what in ("MMAP", "TRIM"):
+        monkeypatch.delenv(f"MALLOC_{what}_THRESHOLD_", raising=False)
+
+
+@pytest.mark.usefixtures("unset")
+def test_memory_of_a_chunks_arrays_is_used_again_for_the_next():
+    client, cluster = start_local(1)
+    with cluster, client:
+        (faults,) = client.run(page_faults).values()
+    assert faults < TIMES * PAGES / 10
