@@ -11,6 +11,7 @@ fastest of three ways that agrees with calling it once a draw:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -136,6 +137,8 @@ class BoundModel:
 
     def _log_lik_of_one(self, latents: Latents, rows: Batch) -> Tensor:
         result = self._call(latents, rows)
+        if self.strategy == "parameters":
+            result = _with_one_row_for_all(result)
         log_lik: Tensor = result if self.model.observed is None else result.log_prob(self._observed(rows))
         return log_lik
 
@@ -156,7 +159,7 @@ class BoundModel:
 
         spread = torch.func.vmap(parameters)(latents)
         # Rows first, as products of rows and latents lie in memory: the other way round log_prob would copy them.
-        return make(**{name: value.movedim(0, 1) for name, value in spread.items()})
+        return _with_one_row_for_all(make(**{name: value.movedim(0, 1) for name, value in spread.items()}))
 
 
 def _is_its_parameters(distribution: Distribution) -> bool:
@@ -167,6 +170,20 @@ def _is_its_parameters(distribution: Distribution) -> bool:
     kind = type(distribution)
     known = kind.__module__.startswith("torch.distributions.") and kind is not ContinuousBernoulli
     return known and not distribution.event_shape
+
+
+def _with_one_row_for_all(distribution: Distribution) -> Distribution:
+    """Return a distribution with one row of those parameters that are the same in every row, such as a scale.
+
+    Distributions expand their parameters to a common shape, and log_prob would then take functions of a scale or of
+    degrees of freedom, and their derivatives, anew for every row.
+    """
+    made = copy(distribution)
+    for name in made.arg_constraints:
+        value = vars(made).get(name)
+        if isinstance(value, Tensor) and value.dim() and len(value) > 1 and value.stride(0) == 0:
+            setattr(made, name, value[:1])
+    return made
 
 
 def _refuse(bad: Tensor, values: Tensor, first_row: int, what: str, remedy: str) -> None:

@@ -26,6 +26,7 @@ from torch.distributions import (
     Uniform,
     constraints,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dadvi
 from dadvi.errors import DataError, ModelError
@@ -145,12 +146,13 @@ def by_hand(name, eta, batch):
     return torch.stack(values), torch.stack(grads)
 
 
+@pytest.mark.parametrize("num_draws", [1, 4])
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_every_strategy_that_runs_agrees_with_calling_the_function_once_a_draw(name):
+def test_every_strategy_that_runs_agrees_with_calling_the_function_once_a_draw(name, num_draws):
     bound = bound_model(name)
     expected_strategy = LIKELIHOODS[name][3]
     assert expected_strategy in {bound.strategy, None}
-    eta = points(bound.model).requires_grad_()
+    eta = points(bound.model, num_draws).requires_grad_()
     rows, grad = by_hand(name, eta.detach(), BATCH)
     for strategy in {"loop", bound.strategy}:
         log_lik = replace(bound, strategy=strategy).log_lik(eta, BATCH)
@@ -159,6 +161,32 @@ def test_every_strategy_that_runs_agrees_with_calling_the_function_once_a_draw(n
         torch.testing.assert_close(seen, grad, rtol=1e-10, atol=1e-10)
     latents, _ = bound.model.space.constrain(eta)
     torch.testing.assert_close(bound.log_lik_rows(latents, BATCH).detach(), rows, rtol=1e-12, atol=1e-12)
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements that each operation had as output."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            name = func.overloadpacket.__name__
+            self.most[name] = max(self.most.get(name, 0), output.numel())
+        return output
+
+
+@pytest.mark.parametrize("num_draws", [1, 4])
+def test_functions_of_a_parameter_without_rows_are_taken_once_a_draw(num_draws):
+    prior = {**B, "s": HalfNormal(1.0), "df": Gamma(2.0, 0.1)}
+    bound = bind_rows(dadvi.Model(prior, lambda b, s, df, x: StudentT(df, x @ b, s), "real"), BATCH)
+    eta = points(bound.model, num_draws).requires_grad_()
+    with Sizes() as sizes:
+        torch.autograd.grad(bound.log_lik(eta, BATCH).sum(), eta)
+    assert sizes.most["lgamma"] == sizes.most["digamma"] == num_draws
+    assert sizes.most["log1p"] == num_draws * ROWS
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "gather", "scalar_batch", "mixture", "branching", "without_latents"])
