@@ -194,16 +194,16 @@ class Workers:
             results = self._client.gather(futures)
         except BaseException as error:
             self._client.cancel([*futures, shared])
-            if isinstance(error, KilledWorker):
-                raise WorkError(
-                    f"ingest was given up: a task ended {error.allowed_failures + 1} workers; "
-                    "give them more memory, or make memory_bytes or shards smaller"
-                ) from error
             if isinstance(error, CancelledError | CommClosedError):
                 raise WorkError(
                     f"the scheduler at {self._client.scheduler.address} was lost ({error}); start it and ingest again"
                 ) from error
             self._settle(run)
+            if isinstance(error, KilledWorker):
+                raise WorkError(
+                    f"ingest was given up: a task ended {error.allowed_failures + 1} workers; "
+                    "give them more memory, or make memory_bytes or shards smaller"
+                ) from error
             raise
         for result in results:
             if isinstance(result, InputError):

@@ -1,6 +1,7 @@
 """Ingest by workers: the same bytes as by one process, bad input refused alike, nothing left behind."""
 
 import hashlib
+import os
 import sys
 import time
 from functools import partial
@@ -12,10 +13,12 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from clusters import local_client
+from distributed import KilledWorker
 from zarr.storage import MemoryStore
 
 import dadvi
-from dadvi.errors import ClusterError, DataError, InputError
+from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.ingest import Workers, _absent
 from dadvi.sharding import tables
 
@@ -181,3 +184,48 @@ def test_a_failure_waits_for_tasks_that_are_under_way(thread_client):
     with pytest.raises(RuntimeError, match="a mistake"):
         list(Workers(thread_client, shareable=True, retries=0).map(fail_or_work, range(3)))
     assert events.count("started") == events.count("ended")
+
+
+def _die_once(marker):
+    """Have the next worker that is about to rename a file of Zarr's end there, as if it were killed."""
+    rename = Path.replace
+
+    def replace(path, target):
+        if path.suffix == ".partial":
+            try:
+                Path(marker).touch(exist_ok=False)
+            except FileExistsError:
+                return rename(path, target)
+            os._exit(1)
+        return rename(path, target)
+
+    Path.replace = replace
+
+
+def test_a_worker_that_is_killed_as_it_writes_leaves_nothing(tmp_path, sources):
+    ingest = partial(dadvi.ingest, sources(), fields="k", chunk_rows=128, shard_rows=512)
+    ingest(out=tmp_path / "serial", client="serial")
+    with local_client(processes=True, n_workers=2) as client:
+        client.run(_die_once, str(tmp_path / "t-killed"))
+        ingest(out=tmp_path / "out", client=client)
+    assert (tmp_path / "t-killed").exists()
+    assert digests(tmp_path / "out") == digests(tmp_path / "serial")
+    assert left(tmp_path) == ["out", "serial"]
+
+
+def test_a_task_that_ends_its_workers_is_given_up_after_the_others_have_ended(tmp_path, thread_client, monkeypatch):
+    def work(item):
+        (tmp_path / f"started{item}").touch()
+        time.sleep(0.5)
+        (tmp_path / f"ended{item}").touch()
+
+    def killed(_futures):
+        while not any(tmp_path.glob("started*")):
+            time.sleep(0.01)
+        raise KilledWorker("task", None, 3)
+
+    monkeypatch.setattr(thread_client, "gather", killed)
+    with pytest.raises(WorkError, match="a task ended 4 workers"):
+        list(Workers(thread_client, shareable=True).map(work, range(3)))
+    started, ended = (sorted(path.name[-1] for path in tmp_path.glob(f"{what}*")) for what in ("started", "ended"))
+    assert started == ended != []

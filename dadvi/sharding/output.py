@@ -38,6 +38,12 @@ class Output:
         self.started = True
         return zarr.create_group(self.store, overwrite=True, attributes={ATTRIBUTE: {"format": FORMAT}})
 
+    def sweep(self) -> None:
+        """Remove what a process that was killed as it wrote has left: Zarr renames a file when it is whole."""
+        if isinstance(self.store, LocalStore):
+            for path in self.store.root.rglob("*.partial"):
+                path.unlink()
+
 
 def _is_zarr_group(path: Path) -> bool:
     return is_group(LocalStore(path, read_only=True))

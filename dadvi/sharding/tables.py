@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
+from fsspec.implementations.local import LocalFileSystem
 
 from dadvi.errors import DataError
 
@@ -192,7 +193,11 @@ def _format(path: str) -> str | None:
 def _reading(kind: str, system: Any, path: str) -> Iterator[Any]:
     """Open a file; what goes wrong while it is read becomes a DataError that names it."""
     try:
-        with system.open(path, "rb", compression="infer" if kind == "csv" else None) as file:
+        if kind != "csv" and isinstance(system, LocalFileSystem):
+            opened = pa.OSFile(path)  # which Arrow reads without Python in between
+        else:
+            opened = system.open(path, "rb", compression="infer" if kind == "csv" else None)
+        with opened as file:
             yield file
     except (pa.ArrowException, OSError, EOFError) as error:
         remedy = "check the file"

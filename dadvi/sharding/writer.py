@@ -141,12 +141,14 @@ class Draft:
             made={"dadvi": package_version(), **made},
         )
         codecs = _codecs(compression)
+        self._target = target
         self._group = target.create_group()
         self.arrays = {each.name: _create_array(self._group, each, self.manifest, codecs) for each in fields}
         """The arrays by field name, to be filled whole shards at a time, in any order and by any process."""
 
     def finish(self) -> None:
         """Write the manifest, after all rows."""
+        self._target.sweep()
         documents = {name: array_document(self._group, name) for name in self.arrays}
         # Last, since it is what makes the group complete.
         self._group.update_attributes(

@@ -3,7 +3,7 @@ import pytest
 
 from dadvi.errors import DataError
 from dadvi.sharding import runs as module
-from dadvi.sharding.runs import BUCKETS, RunReader, RunWriter, stretches
+from dadvi.sharding.runs import BUCKETS, RunReader, RunWriter, stable_argsort, stretches
 from dadvi.types import Purpose, random_stream
 
 SIZES = (3000, 0, 1, 2500)
@@ -40,7 +40,8 @@ def keys(seed):
 
 @pytest.mark.parametrize("run_bytes", [1, 20_000, 2**20])
 @pytest.mark.parametrize("shard_rows", [1, 600, 5501, 10_000])
-def test_shards_are_cut_from_the_argsort_of_the_keys(tmp_path, run_bytes, shard_rows):
+def test_shards_are_cut_from_the_argsort_of_the_keys(tmp_path, monkeypatch, run_bytes, shard_rows):
+    monkeypatch.setattr(module, "PIECE_BYTES", 3_000)  # a run is written in several pieces, the last one ragged
     if shard_rows == 1:
         shard_rows = 97
     shards = read(tmp_path, write(tmp_path, 7, run_bytes), 7, shard_rows)
@@ -68,6 +69,12 @@ def test_rows_with_equal_keys_stay_in_order_of_arrival(tmp_path, monkeypatch, ke
     monkeypatch.setattr(module, "random_stream", lambda *_: ConstantKeys)
     tied = read(tmp_path, write(tmp_path, 0, 20_000), 0)
     assert np.array_equal(np.concatenate(tied["i"]), np.arange(sum(SIZES)))
+
+
+@pytest.mark.parametrize("distinct", [1, 7, 2**63])
+def test_equal_keys_are_sorted_stably(distinct):
+    tied = np.random.default_rng(0).integers(0, distinct, 5_000, np.uint64)
+    assert np.array_equal(stable_argsort(tied), np.argsort(tied, kind="stable"))
 
 
 def test_a_shard_reads_its_rows_and_at_most_a_bucket_at_either_end(tmp_path):
