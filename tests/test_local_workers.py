@@ -2,6 +2,7 @@
 
 import resource
 
+import dask
 import pytest
 import torch
 
@@ -21,13 +22,15 @@ def page_faults() -> int:
 
 
 @pytest.fixture
-def unset(monkeypatch):
-    """An environment in which no cluster has been started yet: what is set there, Dask leaves."""
+def first(monkeypatch):
+    """A process that has started no cluster: settings of one stay in its environment and in its fork server."""
     for what in ("MMAP", "TRIM"):
         monkeypatch.delenv(f"MALLOC_{what}_THRESHOLD_", raising=False)
+    with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
+        yield
 
 
-@pytest.mark.usefixtures("unset")
+@pytest.mark.usefixtures("first")
 def test_memory_of_a_chunks_arrays_is_used_again_for_the_next():
     client, cluster = start_local(1)
     with cluster, client:
