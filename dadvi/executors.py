@@ -36,6 +36,7 @@ from dadvi.summing import sum_shard
 from dadvi.types import FloatArray
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
+T = TypeVar("T")
 
 ShardChunks: TypeAlias = tuple[int, list[int]]
 """A shard and those of its chunks that are wanted, in order."""
@@ -50,7 +51,8 @@ LARGE_SUMS = 2**20
 """Numbers that shards may send to the coordinator for one pass: beyond, workers add up eight shards' at a time."""
 
 LARGE_PASS = 2**13
-"""Numbers of a pass's arguments that travel with every task: larger ones travel once, to workers, and between them."""
+"""Numbers of a pass's sums, and about as many of its arguments, which travel with every task: those of larger passes
+travel once, to workers, and between them."""
 
 TOGETHER = 8
 """Shards added up by one task: a power of two, so that the order is that of `tree_sum`."""
@@ -238,7 +240,7 @@ class DaskExecutor(_Base):
         what: Any = work
         if size > LARGE_PASS and len(tasks) > 1:
             with _large_on_purpose():
-                what = self.client.submit(_as_it_is, work, key=f"{key}-pass")
+                what = self.client.submit(as_it_is, work, key=f"{key}-pass")
         futures = [
             self.client.submit(
                 _run_task,
@@ -380,9 +382,9 @@ def _run_task(
     return _Result(parts, [(get_worker().address, watch.seconds)])
 
 
-def _as_it_is(work: Pass[Sums]) -> Pass[Sums]:
-    """Return a pass: as the result of a task it reaches each worker once, and is made again where it is lost."""
-    return work
+def as_it_is(value: T) -> T:
+    """Return a value: as the result of a task it reaches each worker once, and is made again where it is lost."""
+    return value
 
 
 def _add_up(*results: _Result[Sums] | InputError) -> _Result[Sums] | InputError:
@@ -510,22 +512,47 @@ def make_executor(
         Memory of a worker.
 
     """
-    if num_workers is not None and (client is not None or num_workers < 1):
-        what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
-        raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
-    if client == "serial":
+    small = data.manifest.num_bytes <= IN_PROCESS_BYTES or not data.shareable
+    found, owned = find_workers(client, num_workers, small=small)
+    if found is None:
         return SerialExecutor(model, data, need)
-    if isinstance(client, Client):
-        return DaskExecutor(model, data, client, need=need)
-    if client is None and num_workers is None and (data.manifest.num_bytes <= IN_PROCESS_BYTES or not data.shareable):
-        return SerialExecutor(model, data, need)
-    owned: list[Any] = list(start_local(num_workers)) if client is None else [connect(client)]
     try:
-        return DaskExecutor(model, data, owned[0], owned, need=need)
+        return DaskExecutor(model, data, found, owned, need=need)
     except BaseException:
         for resource in owned:
             resource.close()
         raise
+
+
+def find_workers(
+    client: ClientLike, num_workers: int | None, *, small: bool
+) -> tuple[Client | None, tuple[Client | LocalCluster, ...]]:
+    """Return the client of who is to work, None for this process, and what has to be closed afterwards.
+
+    Parameters
+    ----------
+    client, num_workers
+        As in `make_executor`.
+    small
+        Whether this process does the work when neither is given.
+
+    Raises
+    ------
+    InputError
+        If both are given, or there is to be no worker.
+    ClusterError
+        If no scheduler answers at the address.
+
+    """
+    if num_workers is not None and (client is not None or num_workers < 1):
+        what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
+        raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
+    if client == "serial" or (client is None and num_workers is None and small):
+        return None, ()
+    if isinstance(client, Client):
+        return client, ()
+    owned = start_local(num_workers) if client is None else (connect(client),)
+    return owned[0], owned
 
 
 def versions() -> dict[str, str]:

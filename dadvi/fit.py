@@ -78,7 +78,7 @@ def fit(
     seed
         The result is a function of (model, data, settings, seed).
     memory_budget
-        What a worker may hold, in bytes or as a text such as "1.5 GiB", besides some 350 MiB for Python and its
+        What a worker may hold, in bytes or as a text such as "1.5 GiB", besides some 450 MiB for Python and its
         libraries: the chunks in hand, what a pass makes of them, and chunks kept for the next pass. None for a quarter
         of a worker's memory.
     run_dir

@@ -15,10 +15,10 @@ from distributed.comm import CommClosedError
 
 from dadvi import sharding
 from dadvi.errors import DataError, InputError, WorkError
-from dadvi.executors import IN_PROCESS_BYTES, ClientLike, check_workers, connect, in_this_process, start_local
+from dadvi.executors import IN_PROCESS_BYTES, ClientLike, as_it_is, check_workers, find_workers, in_this_process
 from dadvi.sharding.fieldspec import FieldSpecs
 from dadvi.sharding.ingest import Here, Missing, Tasks
-from dadvi.sharding.location import Location, Options, is_shareable, resolve
+from dadvi.sharding.location import Location, Options, is_shareable, protocols, resolve
 from dadvi.sharding.reader import ShardedDataset
 from dadvi.sharding.shuffle import MEMORY_BYTES
 from dadvi.sharding.tables import Sources, Table, open_table
@@ -95,22 +95,12 @@ def ingest(
     ClusterError
         When the cluster cannot be used.
     """
-    if num_workers is not None and (client is not None or num_workers < 1):
-        what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
-        raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
     table = open_table(sources)
     shareable = is_shareable(resolve(out, storage_options)) and not _in_memory(table)
-    owned: tuple[Client, ...] = ()
-    tasks: Tasks = Here()
-    if client is None and (num_workers is not None or (table.num_bytes > IN_PROCESS_BYTES and shareable)):
-        owned = start_local(num_workers)
-        client = owned[0]
-    elif isinstance(client, str) and client != "serial":
-        client = connect(client)
-        owned = (client,)
+    small = table.num_bytes <= IN_PROCESS_BYTES or not shareable
+    found, owned = find_workers(client, num_workers, small=small)
     try:
-        if isinstance(client, Client):
-            tasks = Workers(client, shareable=shareable)
+        tasks: Tasks = Here() if found is None else Workers(found, shareable=shareable)
         return sharding.ingest(
             table,
             out,
@@ -165,7 +155,7 @@ class Workers:
 
     def reach(self, table: Table, scratch: Path) -> None:
         """Raise DataError when a worker does not see the first source, if it is a local file, or the directory."""
-        local = [str(scratch), *(each.path for each in table.files[:1] if "file" in _protocols(each.file_system))]
+        local = [str(scratch), *(each.path for each in table.files[:1] if "file" in protocols(each.file_system))]
         for worker, absent in self._client.run(_absent, local).items():
             if absent:
                 raise DataError(
@@ -185,7 +175,7 @@ class Workers:
         """
         run = f"dadvi-ingest-{uuid.uuid4().hex[:8]}"
         # As the result of a task what all of them share reaches a worker once.
-        shared = self._client.submit(_as_it_is, _Shared(task), key=f"{run}-task")
+        shared = self._client.submit(as_it_is, _Shared(task), key=f"{run}-task")
         futures = [
             self._client.submit(_attempt, shared, item, key=f"{run}-{number}", retries=self._retries)
             for number, item in enumerate(items)
@@ -223,10 +213,6 @@ class _Shared:
         self.task = task
 
 
-def _as_it_is(shared: _Shared) -> _Shared:
-    return shared
-
-
 def _attempt(shared: _Shared, item: object) -> object:
     """Do one task. Bad input comes back as a value: trying it again would not help."""
     try:
@@ -244,10 +230,5 @@ def _executing(run: str, dask_worker: object) -> bool:
     return any(str(each.key).startswith(run) for each in state.executing)
 
 
-def _protocols(file_system: object) -> tuple[str, ...]:
-    protocol = file_system.protocol  # type: ignore[attr-defined]
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
 def _in_memory(table: Table) -> bool:
-    return any("memory" in _protocols(each.file_system) for each in table.files)
+    return any("memory" in protocols(each.file_system) for each in table.files)

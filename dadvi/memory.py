@@ -1,7 +1,8 @@
 """How much memory a worker needs, told before a run, and how much is left for keeping chunks.
 
 A budget is for what a pass holds: the chunks in hand, what the likelihood makes of them at K draws, arrays in D, and
-chunks kept for the next pass. Python, torch and Dask themselves come on top, about 350 MiB a process.
+chunks kept for the next pass. Python, torch and Dask themselves come on top, about 450 MiB a process with the pages of
+their files.
 """
 
 import math

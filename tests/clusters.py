@@ -45,8 +45,15 @@ def process(arguments: Sequence[str], cwd: Path, **variables: str) -> Iterator[s
             stdout=output,
             stderr=output,
         )
-    try:
+    with ending(started):
         yield started
+
+
+@contextmanager
+def ending(started: subprocess.Popen) -> Iterator[None]:
+    """End a process by its id when the body has run."""
+    try:
+        yield
     finally:
         started.terminate()
         try:

@@ -66,13 +66,13 @@ def is_shareable(resolved: Path | str | Store) -> bool:
     if isinstance(resolved, str):
         return not resolved.startswith("memory://")
     if isinstance(resolved, FsspecStore):
-        return "memory" not in _protocols(resolved)
+        # A synchronous file system comes wrapped in an asynchronous one, whose protocol is the wrapper's.
+        return "memory" not in protocols(getattr(resolved.fs, "sync_fs", resolved.fs))
     return not isinstance(resolved, MemoryStore)
 
 
-def _protocols(store: FsspecStore) -> tuple[str, ...]:
-    # A synchronous file system comes wrapped in an asynchronous one, whose protocol is the wrapper's.
-    file_system = getattr(store.fs, "sync_fs", store.fs)
+def protocols(file_system: Any) -> tuple[str, ...]:
+    """Return the names of the protocols of an fsspec file system, such as "file" or "s3"."""
     protocol = file_system.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 

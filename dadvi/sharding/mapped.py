@@ -5,7 +5,6 @@ each chunk with a CRC-32C of its own. Where chunks are stored as they lie in mem
 already holds what a read would copy, and copies into new memory cost several times the arithmetic on them.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ class MappedArray:
     @classmethod
     def of(cls, array: "zarr.Array[Any]", directory: Path) -> Self | None:
         """Return an array of which `directory` is the folder, or None if its chunks are not stored plainly."""
-        codecs = json.loads((directory / "zarr.json").read_bytes())["codecs"]
+        codecs: Any = array.metadata.to_dict().get("codecs", ())
         if [each["name"] for each in codecs] != ["sharding_indexed"]:
             return None
         shards = codecs[0]["configuration"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clusters import ending
 from command import dadvi, environment, write_data
 
 import dadvi as package
@@ -102,16 +103,9 @@ def daemon(arguments: list[str], directory: Path, **variables: str) -> Iterator[
     """Run a daemon in the foreground while the body runs; end it by its id."""
     with (directory / f"{arguments[0]}.out").open("wb") as output:
         started = subprocess.Popen(arguments, env=environment(**variables), stdout=output, stderr=output)
-    try:
+    with ending(started):
         yield
         assert started.poll() is None, (directory / f"{arguments[0]}.out").read_text()
-    finally:
-        started.terminate()
-        try:
-            started.wait(15)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            started.wait(15)
 
 
 def output_of(arguments: list[str], cwd: Path | None = None, **variables: str) -> str:
