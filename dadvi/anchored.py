@@ -65,8 +65,9 @@ With n rows a run starts about √(N/n) posterior sds from its end, and a round 
 round about N^½ D / n^{3/2}, which falls with N.
 """
 
-WARM_ROWS, WARM_ROWS_PER_COORDINATE = 4_000, 50
-"""Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more."""
+WARM_ROWS, WARM_ROWS_PER_COORDINATE, WARM_ROWS_PER_EFFECT = 4_000, 50, 5
+"""Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more; and
+for each effect of a group in addition."""
 
 WARM_DISTANCE = 10.0
 """The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
@@ -74,9 +75,9 @@ WARM_DISTANCE = 10.0
 SLICES = 16
 """Parts of the subsample whose curvatures are compared to estimate their noise."""
 
-POORLY_SEEN = 0.04
-"""Relative noise of a precision measured on the subsample, twice that of an sd, above which the curvature is that of
-all the data."""
+POORLY_SEEN = 0.02
+"""Relative noise of an sd whose curvature is measured on the subsample above which the curvature is that of all the
+data; half the tolerance, if that is less."""
 
 NARROW = 0.003
 """Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
@@ -100,6 +101,9 @@ NEAR = 6.0
 
 FARTHEST = 8.0
 """Length of the first step, in posterior sds given the subsample alone: the posterior of all the data lies nearer."""
+
+MOSTLY = 1.5
+"""A certificate below this many times its floor is mostly the error of the draws, which no step makes smaller."""
 
 MOST_REJECTED = 3
 """Steps rejected in a row after which the last resort takes over."""
@@ -179,8 +183,9 @@ class Anchored:
     ) -> Fitted:
         """Fit the family on the executor's data, from the journal's last checkpoint if it has one.
 
-        Ends "converged" when the certificate is within `tol`; "stopped" at `max_passes`, or when no step raises the
-        ELBO any more; "diverged" when the log posterior on all the data is not finite where the warm start ended.
+        Ends "converged" when the certificate is within `tol`; "stopped" at `max_passes`, when no step raises the ELBO
+        any more, or when the draws leave more than `tol` unknown; "diverged" when the log posterior on all the data is
+        not finite where the warm start ended.
         """
         passes = self.passes_at_most(executor.data.manifest, max_passes)
         run = _Rounds(self, executor, family, tol, passes, seed, report, journal or NoJournal())
@@ -200,6 +205,8 @@ class Anchored:
                 return run.fitted(state, "stopped", reason)
             if run.exhausted:
                 return run.fitted(state, "stopped", f"max_passes={run.max_passes:g} reached")
+            if (unknown := run.unknown(state)) is not None:
+                return run.fitted(state, "stopped", unknown)
             after = run.step(state, aim)
             if after is None:
                 spent = f"max_passes={run.max_passes:g} reached" if run.exhausted else "no step raises the ELBO"
@@ -235,6 +242,7 @@ class _Start:
     unit: Tensor  # posterior sds given the subsample alone (D,)
     noise: Noise
     scales: Scales | None  # of an expansion with the curvature of all the data; None for a surrogate
+    sd_noise: float  # relative error of an sd by that curvature, where a subsample tells it
     precision: Tensor  # diagonal of the curvature there (D,)
 
 
@@ -339,7 +347,8 @@ class _Rounds:
         warm_noise = draws(self.prior.dim, rng=random_stream(self.seed, Purpose.DRAWS, 1))
         center = Rule.equal(torch.zeros(1, self.prior.dim, dtype=torch.float64))
         warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
-        warm = warm_start(self.subsample.part(warm_rows), self.structure, self.seed)
+        warm_rows += WARM_ROWS_PER_EFFECT * self.structure.groups.numel()
+        warm = warm_start(self.subsample.part(warm_rows).top(warm_rows), self.structure, self.seed)
         alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
         warm, seen_alone = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE)
         warn_if_ordered(self.subsample, warm.loc)
@@ -351,14 +360,14 @@ class _Rounds:
         of_prior = prior_hessian(self.prior, at, self.structure)
         curvature = Curvature.of(-(sum(parts[1:], parts[0]) * factor + of_prior))
         q = optimum(self.family, warm.loc, curvature)
-        scales = None
-        poorly_seen = self._curvature_from == "auto" and _precision_noise(parts, factor, curvature) > POORLY_SEEN
+        scales, sd_noise = None, 0.5 * _precision_noise(parts, factor, curvature)
+        poorly_seen = self._curvature_from == "auto" and sd_noise > min(POORLY_SEEN, self.tol / 2)
         if poorly_seen or self._curvature_from == "data":
-            scales = find_scales(seen, self.structure, self.seed)
+            scales, sd_noise = find_scales(seen, self.structure, self.seed), 0.0
             noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
         if self.factor == 1:
             q = self._solve(alone, q, noise, self.tol)[0]
-        return _Start(q, seen_alone.curvature.stddev, noise, scales, curvature.precision_diagonal)
+        return _Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise, curvature.precision_diagonal)
 
     def _draws_for_expansion(
         self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float
@@ -451,8 +460,29 @@ class _Rounds:
     def judge(self, state: _State, aim: _Aim) -> _State:
         """Return the state with the certificate of where it stands, and a row of the trace that tells it."""
         here = state.here
-        certificate = here.seen.certificate(here.q).or_farther(here.q, aim.q, here.seen.curvature)
+        seen = here.seen
+        certificate = seen.certificate(here.q).or_farther(here.q, aim.q, seen.curvature, seen.grad_errors)
+        certificate = replace(certificate, sd_error=math.hypot(certificate.sd_error, state.start.sd_noise))
         return self.record(replace(state, certificate=certificate), here)
+
+    def unknown(self, state: _State) -> str | None:
+        """Return in words what no step can tell, where that is more than the tolerance; None if a step can."""
+        certificate, num_draws = state.certificate, len(state.noise.likelihood.nodes)
+        if certificate is None:
+            return None
+        if certificate.max <= self.tol < state.start.sd_noise:
+            rows = self.subsample.for_curvature.num_rows
+            return (
+                f"{rows} rows tell sds to {state.start.sd_noise:.2g} of themselves, and tol={self.tol:g}; use "
+                "method=Anchored(curvature='auto'), or a larger tol"
+            )
+        if certificate.floor <= self.tol or certificate.max > MOSTLY * certificate.floor:
+            return None
+        enough = 2 * math.ceil(num_draws * (certificate.floor / self.tol) ** 2)  # the error falls like 1/√K
+        return (
+            f"{num_draws} draws of the posterior leave {certificate.floor:.2g} sds of the optimum unknown, more than "
+            f"tol={self.tol:g}; use method=Anchored(num_draws={enough}), or a larger tol"
+        )
 
     def step(self, state: _State, aim: _Aim) -> _State | None:
         """Move to where it was aimed, and stay there if the ELBO rose; go less far next time if not.
@@ -586,7 +616,7 @@ def fixed_draws(
     Parameters
     ----------
     num_draws
-        For the log-likelihood; None for as many as is affordable.
+        For the log-likelihood, and at least as many for the prior; None for as many as is affordable.
     noise_dim
         Length of a draw.
     num_rows
@@ -597,7 +627,7 @@ def fixed_draws(
     """
     affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * num_rows))
     num_draws = num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
-    prior = stratified(prior_draws(noise_dim), noise_dim, rng)
+    prior = stratified(max(prior_draws(noise_dim), num_draws), noise_dim, rng)
     if num_draws >= 2 * noise_dim:
         everywhere = orthogonal(num_draws, noise_dim, rng)
         return Noise(everywhere, everywhere, prior)

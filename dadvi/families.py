@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from dadvi.errors import InputError
+from dadvi.passes import weighted
 from dadvi.structure import Root, Structure
 
 Params: TypeAlias = Mapping[str, Tensor]
@@ -84,7 +85,7 @@ class Family(ABC):
         For L triangular it is Σ_k g_k for μ and tril(Σ_k g_k ε_kᵀ) for L (Kucukelbir et al. 2017, equations 8 and 9).
         """
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        grads = torch.autograd.grad(self.transform(leaves, noise), list(leaves.values()), grad)
+        grads = torch.autograd.grad(weighted([self.transform(leaves, noise)], [grad]), list(leaves.values()))
         return dict(zip(leaves, grads, strict=True))
 
 

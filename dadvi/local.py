@@ -41,6 +41,9 @@ changes of the sds."""
 NEGLIGIBLE_NATS = 0.01
 """An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
 
+UNFORESEEN = 10.0
+"""How many times as far as their next change the sds may be from their optimum."""
+
 CONTRACTION = 0.2
 """A step that leaves more than this fraction of the distance has outgrown its curvature, which is measured anew."""
 
@@ -58,6 +61,10 @@ class LocalModel(Protocol):
 
     def hessian(self, eta: Tensor, weights: Tensor) -> Arrowhead:
         """Return Σ_k w_k ∇²ℓ(η_k) at η (K, D)."""
+        ...
+
+    def grad_errors(self, rule: Rule, grads: Tensor) -> Tensor:
+        """Return draws (NUM_ERRORS, D) of the error of E_q[∇ℓ] by a rule, from `log_lik`'s gradients (K, D)."""
         ...
 
 
@@ -108,6 +115,10 @@ class Surrogate:
         scale = self.factor * len(self.subsample.batches) / len(part.batches)
         return self.structure.arrowhead(torch.from_numpy(sums.products)) * scale
 
+    def grad_errors(self, rule: Rule, grads: Tensor) -> Tensor:
+        """Return draws (NUM_ERRORS, D) of the error of E_q[∇ℓ] by a rule, from `log_lik`'s gradients (K, D)."""
+        return rule.errors(grads)
+
 
 @dataclass(frozen=True, eq=False)
 class Taylor:
@@ -118,6 +129,7 @@ class Taylor:
     value: float
     grad: Tensor  # (D,)
     bend: Arrowhead  # ∇²ℓ
+    left_errors: Tensor  # of E_q[∇ℓ], what the expansion leaves of it alone (NUM_ERRORS, D)
 
     @classmethod
     def measured(
@@ -145,11 +157,11 @@ class Taylor:
         sums = executor.run(Expansion(gradient, *hessian, scales.structure), check=check, label=label)
         bend = scales.structure.arrowhead(torch.from_numpy(sums.products))
         bend = scales.hessian_in_w(bend, Rule(around, noise.curvature.weights), q.loc)
-        plain = cls(q.loc, scales, 0.0, torch.zeros_like(q.loc), bend)
-        _, grads = plain.log_lik(eta)
-        left = noise.likelihood.mean(torch.from_numpy(sums.grad) - grads)
-        grad = scales.grad_in_w(left, Rule(eta, noise.likelihood.weights), q.loc)
-        linear = replace(plain, grad=grad)
+        nothing = torch.zeros_like(q.loc)
+        plain = cls(q.loc, scales, 0.0, nothing, bend, noise.likelihood.errors(nothing.expand(len(eta), -1)))
+        left = torch.from_numpy(sums.grad) - plain.log_lik(eta)[1]
+        grad = scales.grad_in_w(noise.likelihood.mean(left), Rule(eta, noise.likelihood.weights), q.loc)
+        linear = replace(plain, grad=grad, left_errors=noise.likelihood.errors(left))
         value = noise.likelihood.mean(torch.from_numpy(sums.log_lik) - linear.log_lik(eta)[0])
         return replace(linear, value=float(value))
 
@@ -170,6 +182,10 @@ class Taylor:
         parts = zip(grad, w, growth, weights, strict=True)
         return reduce(add, (self.scales.hessian(self.bend, *each) * float(weight) for *each, weight in parts))
 
+    def grad_errors(self, rule: Rule, grads: Tensor) -> Tensor:
+        """Return draws (NUM_ERRORS, D) of the error of E_q[∇ℓ] by a rule, from `log_lik`'s gradients (K, D)."""
+        return rule.errors(grads) + self.left_errors
+
     def _in_w(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood (K,) and its gradient (K, D) in w, at w (K, D)."""
         away = w - self.anchor
@@ -184,6 +200,7 @@ class Expectations:
     elbo: float
     sampled: float  # the ELBO without its control variate
     grad: Tensor  # E_q[∇ log π] (D,)
+    grad_errors: Tensor  # draws of the error of `grad` (NUM_ERRORS, D)
     curvature: Curvature  # −E_q[∇² log π]
     bend: Arrowhead  # E_q[∇²ℓ], of the likelihood alone
 
@@ -193,7 +210,8 @@ class Expectations:
 
     def certificate(self, q: Gaussian) -> Certificate:
         """Return the predicted distance of q to the ELBO's optimum."""
-        return Certificate.at(self.grad, self.curvature, float((q.stddev / self.target(q).stddev - 1).abs().max()))
+        sd_error = float((q.stddev / self.target(q).stddev - 1).abs().max())
+        return Certificate.at(self.grad, self.curvature, sd_error, self.grad_errors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,17 +239,23 @@ class Noise:
         eta, prior_eta = q.transform(self.likelihood.nodes), q.transform(self.prior.nodes).requires_grad_()
         log_lik, grads = local.log_lik(eta)
         log_prior = self.prior.weights @ prior.log_prior(prior_eta)
-        grad = self.likelihood.mean(grads)
+        grad, errors = self.likelihood.mean(grads), local.grad_errors(self.likelihood, grads)
         if log_prior.requires_grad:  # unlike a flat prior's
-            grad = grad + torch.autograd.grad(log_prior, prior_eta)[0].sum(0)
+            of_prior = torch.autograd.grad(log_prior, prior_eta)[0] / self.prior.weights[:, None]
+            grad, errors = grad + self.prior.mean(of_prior), errors + self.prior.errors(of_prior)
         if known is None:
             bend = local.hessian(q.transform(self.curvature.nodes), self.curvature.weights)
-            of_prior = prior_hessian(prior, Rule(prior_eta, self.prior.weights), bend.structure)
-            curvature = Curvature.of(-(bend + of_prior))
+            bend_prior = prior_hessian(prior, Rule(prior_eta, self.prior.weights), bend.structure)
+            curvature = Curvature.of(-(bend + bend_prior))
         else:
             bend, curvature = known.bend, known.curvature
         sampled = float(self.likelihood.mean(log_lik) + log_prior.detach() + q.entropy())
-        return Expectations(sampled - self._error(bend, q), sampled, grad, curvature, bend)
+        return Expectations(sampled - self._error(bend, q), sampled, grad, errors, curvature, bend)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the curvature at the mean of q stands for that averaged over q."""
+        return len(self.curvature.nodes) == 1
 
     def gain(self, here: Expectations, there: Expectations, q: Gaussian) -> float:
         """Return by how much the ELBO of q, seen as `there`, exceeds that of another Gaussian, seen as `here`.
@@ -268,7 +292,8 @@ def solve(
 
     E_q[∇ log π] = 0 and Σ⁻¹ = −E_q[∇² log π] (its diagonal for mean field), by natural-gradient steps with a line
     search on the ELBO: μ ← μ + t P⁻¹ E_q[∇ log π], Σ⁻¹ ← P (Khan & Rue 2023, "The Bayesian learning rule", section
-    3). P is measured anew when a step with it contracts too little, and where the search ends (Shamanskii 1967).
+    3). P is measured anew when a step with it contracts too little, and where the search ends (Shamanskii 1967), but
+    not within an sd of where it was, if the curvature at its mean is that which q spreads over.
 
     Parameters
     ----------
@@ -284,23 +309,24 @@ def solve(
         rise.
 
     """
-    unit, origin, fresh = seen.curvature.stddev if unit is None else unit, q, True
+    unit, origin, measured, fresh = seen.curvature.stddev if unit is None else unit, q, q, True
     history: list[Iterate] = []
+    exact: list[Iterate] = []  # of the history, what was found with the curvature measured there
     for _ in range(SEARCH_STEPS):
         if not seen.grad.isfinite().all():
             break
         target = seen.target(q)
         length = distance(q, target, seen.curvature.stddev)
-        change = float((target.stddev / q.stddev - 1).norm())  # where scales multiply effects, those of all add up
         room = radius - distance(origin, q, unit)
-        settled = max(length, change) < SOLVED * tol or room <= SOLVED * tol
+        fraction = min(1.0, room / max(distance(q, target, unit), SOLVED * tol))
+        latest = [*history, iterate(q, target, unit)] if fraction == 1 else []
+        faster = accelerated_member(q, latest, unit)
+        settled = _left(q, target, faster, seen.curvature.stddev) < SOLVED * tol or room <= SOLVED * tol
         if settled and fresh:
             break
         found = None
         if not settled:
-            fraction = min(1.0, room / max(distance(q, target, unit), SOLVED * tol))
-            history = [*history, iterate(q, target, unit)] if fraction == 1 else []
-            faster = accelerated_member(q, history, unit)
+            history, exact = latest, latest if fresh else exact
             if faster is not None and distance(origin, faster, unit) > radius:
                 faster = None
             steps = _steps(q, target, seen.curvature, fraction, faster)
@@ -309,7 +335,7 @@ def solve(
             if found is None and fresh:
                 break
         if found is None:
-            seen, fresh = noise.expectations(prior, local, q), True
+            seen, measured, fresh, history = noise.expectations(prior, local, q), q, True, exact
             continue
         step, look = found
         outgrown = not distance(step, look.target(step), look.curvature.stddev) < CONTRACTION * length
@@ -318,13 +344,28 @@ def solve(
         except ModelError:  # so far out that log π has no finite curvature
             radius, history = distance(origin, step, unit) / 4, []
             continue
-        q, fresh = step, outgrown
+        if outgrown:
+            measured, history = step, exact
+        q = step
+        fresh = measured is q or (noise.narrow and distance(measured, q, seen.curvature.stddev) < 1)
     return q, seen if fresh else noise.expectations(prior, local, q)
 
 
 def distance(q: Gaussian, other: Gaussian, unit: Tensor) -> float:
     """Return the largest difference of two means over coordinates, in units (D,) such as posterior sds."""
     return float(((other.loc - q.loc) / unit).abs().max())
+
+
+def _left(q: Gaussian, target: Gaussian, faster: Gaussian | None, unit: Tensor) -> float:
+    """Return how far the search has yet to go: the distance of means, or the norm of relative changes of sds if more.
+
+    Where means and sds depend on one another, as effects of groups and their scale, changes of all effects' sds add up,
+    and plain steps are short long before the end. Acceleration foresees it; without, the changes count `UNFORESEEN`
+    times.
+    """
+    changes = [float((each.stddev / q.stddev - 1).norm()) for each in (target, faster) if each is not None]
+    distances = [distance(q, each, unit) for each in (target, faster) if each is not None]
+    return max(*distances, *changes, 0.0 if faster is not None else UNFORESEEN * changes[0])
 
 
 def _steps(

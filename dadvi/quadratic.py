@@ -22,7 +22,7 @@ from dadvi.executors import Executor
 from dadvi.families import Family, FullRank, Gaussian, LowRank, MeanField
 from dadvi.model import Model
 from dadvi.passes import Gradient, HessianVector, hessian_products
-from dadvi.quadrature import Rule
+from dadvi.quadrature import Rule, in_pairs, stratified
 from dadvi.sharding import Manifest
 from dadvi.sharding.sampling import subsample
 from dadvi.structure import Arrowhead, Root, Structure
@@ -275,40 +275,53 @@ def optimum(family: Family, loc: Tensor, curvature: Curvature) -> Gaussian:
 class Certificate:
     """How far q is from the ELBO's optimum, as the full-data gradient and the curvature predict it.
 
-    `max` and `rms` are over the coordinates of the mean, in posterior sds. `sd_error` is the largest relative error
-    of q's sds against the family's optimum; nan for a family whose optimal sds do not follow from the curvature
-    alone.
+    `max` and `rms` are over the coordinates of the mean, in posterior sds. What a finite number of draws leaves unknown
+    is part of them, and is by itself `floor`: the largest coordinate that it alone would make. `sd_error` is the
+    largest relative error of q's sds against the family's optimum; nan for a family whose optimal sds do not follow
+    from the curvature alone.
     """
 
     max: float
     rms: float
     sd_error: float
+    floor: float = 0.0
 
     @classmethod
-    def at(cls, grad: Tensor, curvature: Curvature, sd_error: float) -> "Certificate":
-        """Return the certificate of a gradient E_q[∇ log π] (D,): infinite where log π is flat in some direction."""
+    def at(cls, grad: Tensor, curvature: Curvature, sd_error: float, grad_errors: Tensor) -> "Certificate":
+        """Return the certificate of a gradient E_q[∇ log π] (D,): infinite where log π is flat in some direction.
+
+        Parameters
+        ----------
+        grad_errors
+            Draws (M, D) from the distribution of the gradient's error.
+
+        """
         if curvature.flat:
             return cls(math.inf, math.inf, sd_error)
-        distance = curvature.solve(grad) / curvature.stddev
-        return cls(float(distance.abs().max()), float(distance.square().mean().sqrt()), sd_error)
+        unit = curvature.stddev
+        away, errors = curvature.solve(grad) / unit, curvature.solve(grad_errors) / unit
+        return cls(*_expected(away, errors), sd_error, _expected(torch.zeros_like(away), errors)[0])
 
-    def or_farther(self, q: Gaussian, aim: Gaussian, curvature: Curvature) -> "Certificate":
+    def or_farther(self, q: Gaussian, aim: Gaussian, curvature: Curvature, grad_errors: Tensor) -> "Certificate":
         """Return the certificate of q with every figure at least as large as what lies between q and `aim`.
 
         A search on a local model goes on where one step of it would stop short: means and sds that depend on one
         another, as in a hierarchy, can lie several such steps from their optimum.
         """
-        away = (aim.loc - q.loc) / curvature.stddev
+        unit = curvature.stddev
+        largest, rms = _expected((aim.loc - q.loc) / unit, curvature.solve(grad_errors) / unit)
         sd_error = float((q.stddev / aim.stddev - 1).abs().max())
-        return Certificate(
-            max(self.max, float(away.abs().max())),
-            max(self.rms, float(away.square().mean().sqrt())),
-            max(self.sd_error, sd_error),
-        )
+        return Certificate(max(self.max, largest), max(self.rms, rms), max(self.sd_error, sd_error), self.floor)
 
     def within(self, tol: float) -> bool:
         """Tell whether means are within `tol` posterior sds, and sds, where that is known, within a fraction `tol`."""
         return self.max <= tol and not self.sd_error > tol
+
+
+def _expected(away: Tensor, errors: Tensor) -> tuple[float, float]:
+    """Return the largest and the RMS coordinate of a distance (D,) with an error (M draws, D): RMS over draws."""
+    squares = (away + errors).square()  # (M, D)
+    return float(squares.amax(1).mean().sqrt()), float(squares.mean().sqrt())
 
 
 def tangents_at_most(model: Model) -> int:
@@ -329,19 +342,21 @@ def certify(
     gradient.
     """
     rng, dim, model = random_stream(seed, Purpose.CERTIFICATE), q.family.noise_dim(q.dim), executor.model.model
-    eta = q.transform(draw_noise("orthogonal", CERTIFICATE_DRAWS, dim, rng))
-    prior_eta = q.transform(draw_noise("antithetic", prior_draws(dim), dim, rng))
+    rule = in_pairs(draw_noise("orthogonal", CERTIFICATE_DRAWS, dim, rng), rng)
+    prior_rule = stratified(prior_draws(dim), dim, rng)
+    eta, prior_eta = q.transform(rule.nodes), q.transform(prior_rule.nodes)
     sums = executor.run(Gradient(eta.numpy()), label="certificate")
     nothing = torch.zeros(len(prior_eta), dtype=torch.float64)
     prior, prior_grad = log_joint(model, prior_eta, nothing, torch.zeros_like(prior_eta))
-    grad = torch.from_numpy(sums.grad).mean(0) + prior_grad.mean(0)
+    grads = torch.from_numpy(sums.grad)
     elbo = float(sums.log_lik.mean() + prior.mean() + q.entropy())
     if structure is None:
         return None, elbo, None
     pair = eta[[0, CERTIFICATE_DRAWS // 2]]  # one antithetic pair
     chunks = curvature_chunks(executor.data.manifest, structure, seed)
     curvature = measure_curvature(executor, pair, chunks, seed, structure, prior_eta)
-    return Certificate.at(grad, curvature, _sd_error(q, curvature)), elbo, curvature
+    grad, errors = rule.mean(grads) + prior_rule.mean(prior_grad), rule.errors(grads) + prior_rule.errors(prior_grad)
+    return Certificate.at(grad, curvature, _sd_error(q, curvature), errors), elbo, curvature
 
 
 def prior_draws(dim: int) -> int:

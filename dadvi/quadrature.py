@@ -4,8 +4,12 @@
 
 Random draws leave every sd with the noise of their second moments. These rules come in pairs ±ε, so that their mean is
 0, and have unit variance in every coordinate exactly (orthogonal ones if there are a multiple of 2 dim of them).
+
+Each is the mean of several rules of its kind, made from independent random numbers: by what these differ, the error of
+the mean is known (randomised quasi-Monte Carlo: Owen 2013, "Monte Carlo theory, methods and examples", section 17.3).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +19,13 @@ from torch import Tensor
 
 from dadvi.elbo import draw_noise
 
+NUM_ERRORS = 8
+"""Draws of the error of a mean. Of many coordinates the largest error is what counts, and it is not that of the
+coordinate with the largest standard error."""
+
+FEWEST_STRATA, MOST_CUBES = 8, 8
+"""Strata, on either side of 0, of each Latin hypercube of a stratified rule, and how many there are at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -22,11 +33,25 @@ class Rule:
 
     nodes: Tensor  # ε (K, dim)
     weights: Tensor  # w (K,), of sum 1
+    contrasts: Tensor | None = None  # (NUM_ERRORS, K); None where nothing is known of the error
+
+    @classmethod
+    def mean_of(cls, parts: Tensor, nodes: Tensor, rng: np.random.Generator) -> "Rule":
+        """Return the mean of independent rules with weights (R, K) at these nodes (K, dim)."""
+        num_parts, weights = len(parts), parts.mean(0)
+        if num_parts == 1:
+            return cls(nodes, weights)
+        normal = torch.from_numpy(rng.standard_normal((NUM_ERRORS, num_parts)))
+        return cls(nodes, weights, normal @ (parts - weights) / math.sqrt(num_parts * (num_parts - 1)))
 
     def mean(self, values: Tensor) -> Tensor:
         """Return Σ_k w_k f_k of values (K, ...)."""
         mean: Tensor = torch.tensordot(self.weights, values, dims=1)
         return mean
+
+    def errors(self, values: Tensor) -> Tensor:
+        """Return draws (NUM_ERRORS, D) of the error of the mean of values (K, D): 0 where nothing is known of it."""
+        return values.new_zeros(NUM_ERRORS, values.shape[1]) if self.contrasts is None else self.contrasts @ values
 
     @classmethod
     def equal(cls, nodes: Tensor) -> "Rule":
@@ -34,9 +59,24 @@ class Rule:
         return cls(nodes, torch.full((len(nodes),), 1 / len(nodes), dtype=torch.float64))
 
 
+def in_pairs(nodes: Tensor, rng: np.random.Generator) -> Rule:
+    """Return the rule of random nodes (K, dim) of the same weight, of which node k and node k + K/2 are a pair ±ε."""
+    return Rule.mean_of(_blocks(len(nodes) // 2, 1).repeat(1, 2) / 2, nodes, rng)
+
+
 def orthogonal(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
-    """Return pairs ±√dim·q with q the rows of random orthogonal matrices, exact for quadratics if 2 dim of them."""
-    return Rule.equal(draw_noise("orthogonal", num_draws, dim, rng, fixed=True))
+    """Return pairs ±√dim·q with q the rows of random orthogonal matrices, each exact for quadratics.
+
+    Parameters
+    ----------
+    num_draws
+        Nodes, rounded down to whole matrices: to a multiple of 2 dim, if there are as many.
+
+    """
+    half = min(num_draws // 2, dim)  # pairs of a matrix
+    num_matrices = max(1, num_draws // (2 * dim))
+    nodes = draw_noise("orthogonal", 2 * half * num_matrices, dim, rng, fixed=True)
+    return Rule.mean_of(_blocks(num_matrices, half).repeat(1, 2) / 2, nodes, rng)
 
 
 def gauss_hermite(num_draws: int, dim: int, rng: np.random.Generator, num_points: int = 3) -> Rule:
@@ -57,20 +97,34 @@ def gauss_hermite(num_draws: int, dim: int, rng: np.random.Generator, num_points
     signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=(num_signs, dim)))
     pairs = (out[:, None, None] * signs).flatten(0, 1)  # the signs of the first point, then of the next
     nodes = torch.cat([torch.zeros(1, dim, dtype=torch.float64), pairs, -pairs])
-    of_pairs = (of_out / num_signs).repeat_interleave(num_signs)
-    center = torch.tensor([weights[num_points // 2] / weights.sum()])
-    return Rule(nodes, torch.cat([center, of_pairs, of_pairs]))
+    alone = torch.eye(num_signs, dtype=torch.float64)
+    of_pairs = torch.cat([weight * alone for weight in of_out], dim=1)  # of each direction by itself
+    center = torch.full((num_signs, 1), weights[num_points // 2] / weights.sum(), dtype=torch.float64)
+    return Rule.mean_of(torch.cat([center, of_pairs, of_pairs], dim=1), nodes, rng)
 
 
 def stratified(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
-    """Return a Latin hypercube of normal quantiles in pairs ±ε (McKay, Beckman & Conover 1979), of unit variance.
+    """Return Latin hypercubes of normal quantiles in pairs ±ε (McKay, Beckman & Conover 1979), each of unit variance.
 
-    For skewed functions of single coordinates, such as the density of group effects as a function of their scale.
+    Together they have the finest strata that their number allows for (sliced: Qian 2012). For skewed functions of
+    single coordinates, such as the density of group effects as a function of their scale.
     """
     half = num_draws // 2
+    num_cubes = math.gcd(half, min(MOST_CUBES, max(1, half // FEWEST_STRATA)))
+    num_levels = half // num_cubes
     levels = stats.norm.ppf(0.5 + (np.arange(half) + 0.5) / num_draws)  # (half,), one for each stratum and its mirror
-    levels /= np.sqrt(np.mean(levels**2))
-    order = rng.permuted(np.broadcast_to(np.arange(half), (dim, half)), axis=1)
-    signs = rng.choice([-1.0, 1.0], size=(dim, half))
-    nodes = torch.from_numpy((signs * levels[order]).T.copy())
-    return Rule.equal(torch.cat([nodes, -nodes]))
+    table = levels.reshape(num_levels, num_cubes)
+    table[1::2] = table[1::2, ::-1].copy()  # to and fro, so that each cube's levels spread alike
+    table /= np.sqrt(np.mean(table**2, axis=0))
+    cubes = []
+    for of_cube in table.T:
+        order = rng.permuted(np.broadcast_to(np.arange(num_levels), (dim, num_levels)), axis=1)
+        signs = rng.choice([-1.0, 1.0], size=(dim, num_levels))
+        cubes.append(torch.from_numpy((signs * of_cube[order]).T.copy()))
+    nodes = torch.cat(cubes)
+    return Rule.mean_of(_blocks(num_cubes, num_levels).repeat(1, 2) / 2, torch.cat([nodes, -nodes]), rng)
+
+
+def _blocks(number: int, length: int) -> Tensor:
+    """Return equal weights (number, number · length) for each of successive blocks of nodes, of sum 1."""
+    return torch.eye(number, dtype=torch.float64).repeat_interleave(length, dim=1) / length

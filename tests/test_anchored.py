@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -15,12 +16,16 @@ import dadvi
 from dadvi import anchored, probing
 from dadvi.errors import InputError, ShuffleWarning
 from dadvi.families import Gaussian
-from dadvi.local import Surrogate
+from dadvi.local import Surrogate, distance
+from dadvi.quadrature import Rule
 from dadvi.sharding import sampling
 
 fit_module = importlib.import_module("dadvi.fit")  # dadvi.fit is the function
 
 TOL = 0.02
+TOLS = {"subsample": 0.05, "data": TOL}
+"""What is asked for where the curvature comes from there: the subsample tells sds to 0.02."""
+
 ROWS, SEEN = 2_000, 800
 S_NOISE = 4 * 0.5 * math.sqrt(2 / SEEN * (1 - SEEN / ROWS))
 """Four standard errors of an sd, as a fraction, whose curvature is a sum over SEEN of ROWS rows."""
@@ -46,6 +51,13 @@ def round_elbos(posterior):
 def assert_elbo_never_falls(posterior, negligible=0.0):
     elbos = round_elbos(posterior)
     assert (np.diff(elbos) >= -negligible - anchored.ELBO_NOISE * np.abs(elbos[:-1])).all()
+
+
+@pytest.fixture
+def same_draws(monkeypatch):
+    """Let certificates be of the ELBO at the draws, as if these were all of q."""
+    without = lambda rule, values: values.new_zeros(1, values.shape[1])
+    return lambda: monkeypatch.setattr(Rule, "errors", without)
 
 
 @pytest.fixture
@@ -140,13 +152,33 @@ def test_ends_at_the_exact_optimum(written, name, family, curvature):
     target, data = written(name)
     kind = family if isinstance(family, str) else family.name
     method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
-    posterior = dadvi.fit(target.model(), data, method=method, family=family, client="serial", tol=TOL)
+    posterior = dadvi.fit(target.model(), data, method=method, family=family, client="serial", tol=TOLS[curvature])
     mean_error, sd_error = errors(posterior, *target.optimum(kind), target.optimum("full_rank").sd)
     assert posterior.status == "converged", posterior.reason
-    assert mean_error < TOL
+    assert mean_error < TOLS[curvature]
     assert sd_error < TOL + (S_NOISE if curvature == "subsample" and name != "normal_normal" else 0)
-    assert posterior.certificate.max <= TOL
+    assert posterior.certificate.max <= TOLS[curvature]
     assert_elbo_never_falls(posterior)
+
+
+def test_a_subsample_tells_sds_no_better_than_its_rows_do(written):
+    target, data = written("linear_regression")
+    sds = target.optimum("full_rank").sd
+    fit = lambda curvature: dadvi.fit(
+        target.model(), data, method=dadvi.Anchored(subsample_rows=SEEN, curvature=curvature), client="serial", tol=TOL
+    )
+    posterior = fit("subsample")
+    assert posterior.status == "stopped"
+    assert re.search(r"800 rows tell sds to 0\.0\d+ .* tol=0\.02; .*curvature='auto'", posterior.reason)
+    mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
+    assert mean_error < TOL
+    assert posterior.certificate.max <= TOL
+    assert TOL < posterior.certificate.sd_error < S_NOISE
+    assert sd_error < 2 * posterior.certificate.sd_error
+    posterior = fit("auto")
+    assert posterior.status == "converged"
+    mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
+    assert max(mean_error, sd_error) < TOL
 
 
 @pytest.mark.parametrize("family", ["mean_field", "full_rank", "low_rank"])
@@ -197,17 +229,22 @@ def test_five_counts_end_within_a_small_tolerance(write):
 
 @pytest.mark.parametrize(("num_draws", "close"), [(4, 0.1), (24, 0.05)])
 def test_small_logistic_regression_differs_from_laplace(write, num_draws, close):
-    # The certificate is of the ELBO at the draws, and does not tell how far few draws move it.
     fields = logistic_fields(46, 3, seed=3)
     method = dadvi.Anchored(num_draws=num_draws)
     posterior = dadvi.fit(logistic_model(3), write(fields), method=method, client="serial", tol=TOL)
     loc, sd, marginal = logistic_optimum(**fields)
     laplace, _laplace_sd, _ = logistic_optimum(**fields, widths=False)
     mean_error, sd_error = errors(posterior, loc, sd, marginal)
-    assert posterior.status == "converged"
     assert np.abs((laplace - loc) / marginal).max() > 0.2
     assert mean_error < close
     assert sd_error < close / 2
+    if num_draws == 4:  # two directions, which tell that they tell too little
+        assert posterior.status == "stopped"
+        assert TOL < mean_error / 2 < posterior.certificate.max < 2 * mean_error
+        assert posterior.certificate.floor == pytest.approx(posterior.certificate.max, rel=0.1)
+        assert re.search(r"5 draws .* leave 0\.\d+ sds .* more than tol=0\.02; .*num_draws=\d+", posterior.reason)
+    else:
+        assert posterior.status == "converged"
 
 
 # Larger data -----------------------------------------------------------------------------------------------------
@@ -289,7 +326,7 @@ def test_groups_that_the_subsample_hardly_sees(write, visits):
     assert posterior.passes <= 8
     assert_elbo_never_falls(posterior)
     full = dadvi.Anchored(curvature="data", num_draws=8)
-    reference = dadvi.fit(model, data, method=full, client="serial", tol=0.01, seed=1)
+    reference = dadvi.fit(model, data, method=full, client="serial", tol=0.02, seed=1)
     assert reference.status == "converged"
     there = reference.unconstrained
     mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), there.stddev.numpy())
@@ -306,6 +343,28 @@ def test_a_subsample_that_sees_every_latent_gives_the_curvature(write, visits):
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_is_no_longer_than_the_subsample_allows(write, visits, monkeypatch):
+    asked = []
+
+    def far_away(prior, local, q, seen, noise, tol, radius=math.inf, unit=None):
+        found, there = solve(prior, local, q, seen, noise, tol, radius, unit)
+        if unit is None:  # the warm start's
+            return found, there
+        asked.append(radius)
+        if math.isinf(radius):
+            found = Gaussian(q.family, {**q.params, "loc": q.loc + 100 * unit})
+        return found, there
+
+    solve = anchored.solve
+    monkeypatch.setattr(anchored, "solve", far_away)
+    data = write(logistic_fields(8_000, 3), chunk_rows=100)
+    posterior = dadvi.fit(logistic_model(3), data, method=dadvi.Anchored(subsample_rows=800), client="serial")
+    assert asked[:2] == [math.inf, anchored.FARTHEST]
+    assert posterior.status == "converged", posterior.reason
+    (_, first, _, start), (_, second, _, _) = visits[:2]
+    assert distance(first, second, start.unit) <= anchored.FARTHEST
 
 
 @pytest.mark.filterwarnings("ignore::dadvi.errors.ShuffleWarning")
@@ -369,7 +428,7 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
 
     monkeypatch.setattr(anchored, "solve", overshoot_once)
     method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
-    posterior = dadvi.fit(target.model(), data, method=method, client="serial", tol=TOL)
+    posterior = dadvi.fit(target.model(), data, method=method, client="serial", tol=TOLS[curvature])
     trace = posterior.trace
     assert trace.phase.tolist()[:3] == ["round", "rejected", "round"]
     assert (trace.phase == "rejected").sum() == 1
@@ -388,7 +447,7 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
     assert posterior.status == "converged", posterior.reason
     assert_elbo_never_falls(posterior)
     mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), sds)
-    assert mean_error < TOL
+    assert mean_error < TOLS[curvature]
     assert sd_error < TOL + (S_NOISE if curvature == "subsample" else 0)
 
 
@@ -531,16 +590,18 @@ GROUPED = {"centred": lambda: many_groups(True), "non-centred": lambda: many_gro
 
 @pytest.mark.parametrize("rows", [600, None])
 @pytest.mark.parametrize("name", GROUPED)
-def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, name, rows):
+def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, same_draws, name, rows):
     model, fields = GROUPED[name]()
     data = write(fields, chunk_rows=50)
-    # The same draws for both: with other draws their optima are a tenth of an sd apart.
+    # The same draws for both, whose error is of no concern here: with others their optima are a tenth of an sd apart.
+    same_draws()
     method = dadvi.Anchored(subsample_rows=rows, num_draws=64)
     dense_method = dadvi.Anchored(curvature="data", num_draws=64)
     monkeypatch.setattr(probing, "FEWEST_GROUPS", 1_000)
     dense = dadvi.fit(model, data, method=dense_method, client="serial", tol=0.005)
     assert dense.curvature.is_full
     monkeypatch.undo()
+    same_draws()
     limit(30)
     assert model.dim > 60
     posterior = dadvi.fit(model, data, method=method, client="serial", tol=TOL)
@@ -552,11 +613,20 @@ def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, na
     there = dense.unconstrained
     mean_error, sd_error = errors(posterior, there.loc.numpy(), there.stddev.numpy(), dense.curvature.stddev.numpy())
     assert mean_error < 2 * TOL
-    assert sd_error < 2 * TOL
     bound = np.full(model.dim, 2 * TOL)
     if name == "non-centred":  # where a scale is found the few draws of a Hessian are other ones for that scale alone
         bound[posterior.names.index("tau")] = 3 * TOL
+    assert sd_error < bound.max()
     assert ((posterior.curvature.stddev / dense.curvature.stddev - 1).abs().numpy() < bound).all()
+
+
+def test_effects_that_few_rows_tell_are_averaged_by_finer_rules(write, visits):
+    method = dadvi.Anchored(curvature="data")
+    for num_groups, num_rows, num_points in ((300, 900, 5), (60, 30_000, 3)):
+        model, fields = many_groups(True, num_groups, num_rows)
+        data = write(fields, f"{num_groups}.zarr", chunk_rows=500)
+        dadvi.fit(model, data, method=method, client="serial", max_passes=1)
+        assert len(visits[-1][3].noise.curvature.nodes) == num_points
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -605,14 +675,14 @@ def test_where_every_step_fails_descent_gets_there(written, monkeypatch, curvatu
 
     monkeypatch.setattr(anchored, "solve", astray)
     method = dadvi.Anchored(subsample_rows=SEEN, curvature=curvature)
-    posterior = dadvi.fit(target.model(), data, method=method, client="serial", tol=TOL, max_passes=100)
+    posterior = dadvi.fit(target.model(), data, method=method, client="serial", tol=TOLS[curvature], max_passes=100)
     phases = posterior.trace.phase.tolist()
     assert phases[:4] == ["round", "rejected", "rejected", "rejected"]
     assert phases[4] == "descent"
     assert posterior.status == "converged", posterior.reason
     assert_elbo_never_falls(posterior)
     mean_error, sd_error = errors(posterior, *target.optimum("mean_field"), target.optimum("full_rank").sd)
-    assert mean_error < TOL
+    assert mean_error < TOLS[curvature]
     assert sd_error < TOL + (S_NOISE if curvature == "subsample" else 0)
     rows = posterior.trace.rows_read.to_numpy()
     assert (np.diff(rows) == ROWS).all()  # every row of the trace is a pass

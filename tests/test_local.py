@@ -354,6 +354,9 @@ class _Edge:
             return self.local.hessian(eta, weights) * math.nan
         return self.local.hessian(eta, weights)
 
+    def grad_errors(self, rule, grads):
+        return self.local.grad_errors(rule, grads)
+
 
 def test_a_step_to_where_there_is_no_curvature_is_shortened(write):
     executor = executor_of(logistic_model(1), write({"x": np.ones((40, 1)), "y": np.arange(40) % 2}, chunk_rows=10))
@@ -378,6 +381,9 @@ class _Lying:
 
     def hessian(self, eta, weights):
         return self.local.hessian(eta, weights)
+
+    def grad_errors(self, rule, grads):
+        return self.local.grad_errors(rule, grads)
 
 
 def test_search_that_cannot_raise_the_elbo_returns_q_itself(write):

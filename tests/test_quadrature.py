@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
+from dadvi.elbo import draw_noise
+from dadvi.quadrature import NUM_ERRORS, Rule, gauss_hermite, in_pairs, orthogonal, stratified
 
 DIM = 5
 RULES = {
@@ -112,18 +113,19 @@ def test_orthogonal_is_exact_for_every_quadratic_with_2_dim_draws(dim):
 # Stratified --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_draws", [2, 8, 32, 512])
-def test_stratified_has_one_node_in_every_stratum_of_every_coordinate(num_draws):
+@pytest.mark.parametrize(("num_draws", "num_cubes"), [(2, 1), (8, 1), (32, 2), (64, 4), (512, 8)])
+def test_stratified_has_one_node_in_every_stratum_of_every_coordinate(num_draws, num_cubes):
     rule = stratified(num_draws, DIM, np.random.default_rng(0))
     assert rule.nodes.shape == (num_draws, DIM)
     levels = np.sort(rule.nodes.numpy(), axis=0)
-    quantiles = stats.norm.ppf((np.arange(num_draws) + 0.5) / num_draws)
-    stretch = levels[-1, 0] / quantiles[-1]
-    np.testing.assert_allclose(levels, np.repeat(stretch * quantiles[:, None], DIM, 1), atol=1e-12)
-    assert 1 <= stretch < 1.5
-    if num_draws >= 32:  # which unit variance stretches by little, so that nodes stay in their strata but for the tails
-        strata = np.floor(stats.norm.cdf(levels) * num_draws)
-        assert (np.abs(strata - np.arange(num_draws)[:, None]) <= 1).all()
+    np.testing.assert_allclose(levels, np.repeat(levels[:, :1], DIM, axis=1), atol=1e-12)
+    if num_draws >= 32:  # which unit variance stretches by little, so that nodes stay near their strata
+        strata = stats.norm.ppf((np.arange(num_draws) + 0.5) / num_draws)
+        assert np.abs(levels[:, 0] - strata).max() < 0.25
+        assert np.abs(levels[:, 0] - strata).mean() < 0.1
+    cubes = rule.nodes.reshape(2, num_cubes, -1, DIM).transpose(0, 1).flatten(1, 2)  # (cubes, nodes, DIM)
+    close(cubes.square().mean(1), torch.ones(num_cubes, DIM).double())
+    assert (rule.contrasts is None) == (num_cubes == 1)
 
 
 def test_strata_of_different_coordinates_are_independent():
@@ -150,3 +152,36 @@ def test_stratified_is_better_than_random_draws_for_a_skewed_function():
     }
     assert np.abs(errors["stratified"]).max() < 0.03
     assert errors["random"].std() > 0.15
+
+
+# Errors ------------------------------------------------------------------------------------------------------------
+
+WITH_ERRORS = {
+    "gauss_hermite": lambda rng: gauss_hermite(16, DIM, rng),
+    "five points": lambda rng: gauss_hermite(16, DIM, rng, 5),
+    "orthogonal": lambda rng: orthogonal(8 * DIM + 3, DIM, rng),
+    "stratified": lambda rng: stratified(128, DIM, rng),
+    "in_pairs": lambda rng: in_pairs(draw_noise("antithetic", 16, DIM, rng), rng),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_ERRORS)
+def test_errors_are_distributed_as_the_error_of_a_mean(kind):
+    # Products of odd powers of two coordinates, whose mean is 0, and what every rule but random draws knows exactly.
+    function = lambda nodes: torch.stack([nodes[:, 0] ** 3 * nodes[:, 1], nodes[:, 0], nodes[:, 1].square()], dim=1)
+    rules = [WITH_ERRORS[kind](np.random.default_rng(seed)) for seed in range(400)]
+    found = torch.stack([rule.mean(function(rule.nodes)) for rule in rules])  # (seeds, 3)
+    told = torch.stack([rule.errors(function(rule.nodes)) for rule in rules])  # (seeds, NUM_ERRORS, 3)
+    assert told.shape[1] == NUM_ERRORS
+    assert told[..., 0].square().mean() == pytest.approx(float(found[:, 0].square().mean()), rel=0.3)
+    close(told[..., 1], torch.zeros(400, NUM_ERRORS).double(), atol=1e-12)
+    if kind != "in_pairs":
+        close(told[..., 2], torch.zeros(400, NUM_ERRORS).double(), atol=1e-12)
+    correlation = (told[:, 0, 0] * told[:, 1, 0]).mean() / told[..., 0].square().mean()  # of two draws of the error
+    assert abs(float(correlation)) < 0.2
+
+
+def test_a_single_rule_knows_nothing_of_its_error():
+    for rule in (gauss_hermite(2, DIM, np.random.default_rng(0)), orthogonal(2 * DIM, DIM, np.random.default_rng(0))):
+        assert rule.contrasts is None
+        assert torch.equal(rule.errors(rule.nodes**4), torch.zeros(NUM_ERRORS, DIM).double())
