@@ -1,6 +1,7 @@
 """Small clusters that close what they opened: in one process, in several, and as `dask scheduler` and `dask worker`."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,24 @@ def ending(started: subprocess.Popen) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             started.kill()
             started.wait(15)
+
+
+@contextmanager
+def daemon(arguments: Sequence[str], directory: Path, **variables: str) -> Iterator[None]:
+    """Run a daemon in the foreground while the body runs; end it by its id."""
+    log = directory / f"{Path(arguments[0]).name}.out"
+    with log.open("wb") as output:
+        started = subprocess.Popen(arguments, env=environment(**variables), stdout=output, stderr=output)
+    with ending(started):
+        yield
+        assert started.poll() is None, log.read_text()
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextmanager

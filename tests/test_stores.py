@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import s3fs
-import torch
 import zarr
-from command import MODEL, dadvi, dadvi_process, ingest_options, write_table
+from command import MODEL, assert_same_bits, dadvi, dadvi_process, ingest_options, write_table
 from moto.server import DomainDispatcherApplication, create_backend_app
 from torch.distributions import Normal
 from werkzeug.serving import make_server
@@ -100,14 +99,6 @@ def whole(gate) -> Iterator[None]:
 
 def fit(world: Path, data: object, out: Path, *options: object, run=dadvi):
     return run("fit", f"{world / 'model.py'}:model", data, "--out", out, *SETTINGS, *options)
-
-
-def assert_same_bits(run: Path, reference: Path) -> None:
-    found, expected = (
-        package.load_posterior(each / "posterior.zarr").unconstrained.params for each in (run, reference)
-    )
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # An object store ------------------------------------------------------------------------------------------------------
