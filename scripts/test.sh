@@ -8,12 +8,12 @@ source scripts/setup.sh
 packages=()
 while [[ ${1:-} == --slurm || ${1:-} == --ssh ]]; do
   case $1 in
-    --slurm) packages+=(slurm-wlm munge) ;;
-    --ssh) packages+=(openssh-server) ;;
+    --slurm) command -v slurmctld >/dev/null || packages+=(slurm-wlm munge) ;;
+    --ssh) command -v sshd >/dev/null || packages+=(openssh-server) ;;
   esac
   shift
 done
-((${#packages[@]} == 0)) || dpkg --status "${packages[@]}" >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends "${packages[@]}"; }
+((${#packages[@]} == 0)) || { apt-get update && apt-get install --yes --no-install-recommends "${packages[@]}"; }
 setup dev
 
 ruff check
