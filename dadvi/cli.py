@@ -8,6 +8,7 @@ error, 2 bad input or usage, 3 stopped before convergence (the result is saved) 
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -660,6 +661,13 @@ def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
     # What a batch system sends first: leave as an error does, so that nothing half-written stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for part in (
+        "batched",
+        "client",
+        "comm",
+        "core",
+    ):  # which log a lost connection, with tracebacks: an error tells it
+        logging.getLogger(f"distributed.{part}").setLevel(logging.CRITICAL)
     try:
         with _short_warnings():
             app(prog_name="dadvi")

@@ -83,14 +83,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def scheduler_process(directory: Path, *options: str, **variables: str) -> Iterator[str]:
-    """Run a scheduler on a free port of the loopback; give its address."""
+def scheduler_process(directory: Path, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Run a scheduler on a free port of the loopback; give its process and its address."""
     file = directory / "scheduler.json"
     where = ["--host", "127.0.0.1", "--port", "0", "--no-show", "--scheduler-file", str(file)]
     dashboard = ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     with process(["scheduler", *dashboard, *where, *options], directory, **variables) as started:
         wait_for(lambda: json_of(file) is not None, started, "the scheduler")
-        yield json_of(file)["address"]
+        yield started, json_of(file)["address"]
 
 
 @contextmanager
