@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -32,7 +31,7 @@ from rich.text import Text
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.checkpoint import MODEL, POSTERIOR, RunDirectory
+from dadvi.checkpoint import RunDirectory
 from dadvi.errors import DadviError, InputError, ModelError
 from dadvi.families import make_family
 from dadvi.fit import Method, check_limits
@@ -44,6 +43,7 @@ from dadvi.model import Model
 from dadvi.plan import Plan, make_plan
 from dadvi.posterior import Posterior, load_posterior
 from dadvi.progress import Lines, Meter
+from dadvi.runfiles import MODEL, POSTERIOR, below, files_at
 from dadvi.sharding import ShardedDataset, open_shards
 from dadvi.types import whole_number
 
@@ -193,15 +193,6 @@ def _read_config(context: typer.Context, config: Path | None) -> Path | None:
     return config
 
 
-def _refuse_url(out: Path) -> Path:
-    if re.match(r"\w[\w+.-]+:/", str(out)):
-        raise InputError(
-            f"--out {out}: the directory of a run is a local one; give a path, and put the posterior elsewhere "
-            "afterwards with Posterior.save"
-        )
-    return out
-
-
 @app.command(context_settings=_ENVIRONMENT)
 def fit(
     context: typer.Context,
@@ -214,9 +205,9 @@ def fit(
     ],
     data: Annotated[str, typer.Argument(metavar="DATA.zarr", help="Path or URL of a Zarr data set.")],
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            callback=_refuse_url, help="Directory to write: posterior.zarr, trace.jsonl, settings.json, checkpoints."
+            help="Directory to write, a path or URL: posterior.zarr, trace.jsonl, settings.json, checkpoints."
         ),
     ],
     scheduler: Scheduler = None,
@@ -352,13 +343,15 @@ def fit(
             progress=not (quiet or verbose),
             callbacks=[Lines(Meter(plan.passes_at_most), seconds=0.0)] if verbose else (),
         )
-    tell_end(posterior, out / POSTERIOR, as_json=json, quiet=quiet)
+    tell_end(posterior, directory, out, as_json=json, quiet=quiet)
 
 
 @app.command(context_settings=_ENVIRONMENT)
 def resume(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` began to write.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` began to write: a path or URL.")
+    ],
     scheduler: Scheduler = None,
     workers: Workers = None,
     serial: Serial = False,
@@ -396,7 +389,7 @@ def resume(
             checkpoint_seconds=checkpoint_seconds,
             progress=not quiet,
         )
-    tell_end(posterior, run / POSTERIOR, as_json=json, quiet=quiet)
+    tell_end(posterior, directory, run, as_json=json, quiet=quiet)
 
 
 def _who_works(
@@ -412,8 +405,8 @@ def _who_works(
     return "serial" if serial else scheduler, None if serial or scheduler else workers or otherwise
 
 
-def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -> NoReturn:
-    """Tell how a fit ended, print where its posterior is, and exit with the code of its status."""
+def tell_end(posterior: Posterior, directory: RunDirectory, given: str, *, as_json: bool, quiet: bool) -> NoReturn:
+    """Tell how a fit ended, print where its posterior is, below the directory as given, and exit with its code."""
     if posterior.records and not quiet:
         profile = asdict(posterior.records[-1].profile)
         _say("seconds of passes: " + ", ".join(f"{phase} {value:.1f}" for phase, value in profile.items()))
@@ -421,7 +414,8 @@ def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
     _say(f"{posterior.status}: {posterior.reason}{distance} ({posterior.passes:.1f} passes, {seconds:.1f} s)")
-    typer.echo(_dumps({**_ending(posterior), "posterior": str(where.resolve())}) if as_json else str(where))
+    absolute = {"posterior": below(directory.location, POSTERIOR)}
+    typer.echo(_dumps({**_ending(posterior), **absolute}) if as_json else below(given, POSTERIOR))
     codes = {"converged": ExitCode.CONVERGED, "stopped": ExitCode.STOPPED, "diverged": ExitCode.DIVERGED}
     raise typer.Exit(codes[posterior.status])
 
@@ -429,7 +423,7 @@ def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -
 @contextmanager
 def _telling_how_to_resume(directory: RunDirectory) -> Iterator[None]:
     """End an interrupted fit with code 3; there, and after an error that leaves a checkpoint, tell how to go on."""
-    go_on = f"dadvi resume {shlex.quote(str(directory.path))}"
+    go_on = f"dadvi resume {shlex.quote(str(directory.location))}"
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
@@ -488,12 +482,12 @@ def _told(plan: Plan) -> str:
 def summary(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or path or URL of a posterior."),
+        typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a posterior: path or URL."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print mean, sd and quantiles of every latent."""
-    posterior = load_posterior(run if "://" in run else _posterior_in(Path(run)))
+    posterior = load_posterior(_posterior_in(run))
     if as_json:
         typer.echo(summary_json(posterior))
         return
@@ -509,10 +503,12 @@ def summary(
     _say(repr(posterior))
 
 
-def _posterior_in(run: Path) -> Path:
-    if not run.exists():
+def _posterior_in(run: str) -> str:
+    if POSTERIOR in files_at(run).names():
+        return below(run, POSTERIOR)
+    if "://" not in run and not Path(run).exists():
         raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
-    return run / POSTERIOR if (run / POSTERIOR).exists() else run
+    return run
 
 
 def summary_json(posterior: Posterior) -> str:
