@@ -97,6 +97,7 @@ Memory = Annotated[
         help='What a worker may hold besides Python: "2 GiB". Default: a quarter of its memory.',
     ),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell every step in a line of its own; a fit its plan.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only how the fit ended.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as one JSON object.")]
 
@@ -276,9 +277,7 @@ def fit(
         bool, typer.Option("--dry-run", help="Check the input and print the plan: sizes, method, passes, memory.")
     ] = False,
     json: AsJson = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Tell the plan, and every step in a line of its own.")
-    ] = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
@@ -290,9 +289,7 @@ def fit(
     or interrupted (`dadvi resume` goes on), 4 diverged.
     """
     client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=_cores())
-    if len(told := _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})) > 1:
-        raise InputError("--verbose and --quiet exclude one another; give one of them")
-    verbose, quiet = "verbose" in told, "quiet" in told
+    verbose, quiet = _how_much(context, verbose, quiet)
     settings = _method(
         method,
         batch_rows=batch_rows,
@@ -361,6 +358,7 @@ def resume(
     memory: Memory = None,
     checkpoint_seconds: CheckpointSeconds = 60.0,
     json: AsJson = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a fit that was interrupted, or that stopped, given more passes. Prints where the posterior is.
@@ -369,6 +367,7 @@ def resume(
     of `dadvi fit`.
     """
     client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=_cores())
+    verbose, quiet = _how_much(context, verbose, quiet)
     directory = RunDirectory.existing(run)
     if not {"model", "data"} <= set(directory.origin):
         raise InputError(f"{run} was not begun by `dadvi fit`; go on with dadvi.resume, in Python")
@@ -387,7 +386,8 @@ def resume(
             memory_budget=memory,
             max_passes=max_passes,
             checkpoint_seconds=checkpoint_seconds,
-            progress=not quiet,
+            progress=not (quiet or verbose),
+            callbacks=[Lines(Meter(max_passes), seconds=0.0)] if verbose else (),
         )
     tell_end(posterior, directory, run, as_json=json, quiet=quiet)
 
@@ -403,6 +403,14 @@ def _who_works(
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: at least 1 is needed; --serial does without workers")
     return "serial" if serial else scheduler, None if serial or scheduler else workers or otherwise
+
+
+def _how_much(context: typer.Context, verbose: bool, quiet: bool) -> tuple[bool, bool]:
+    """Return whether every step is to be told, and whether only the end."""
+    told = _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})
+    if len(told) > 1:
+        raise InputError("--verbose and --quiet exclude one another; give one of them")
+    return "verbose" in told, "quiet" in told
 
 
 def tell_end(posterior: Posterior, directory: RunDirectory, given: str, *, as_json: bool, quiet: bool) -> NoReturn:
