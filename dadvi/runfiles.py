@@ -199,6 +199,7 @@ class ObjectFiles:
                 f"{url} cannot be used ({error}); give a path, or a URL such as s3://bucket/run"
             ) from error
         self._kept: dict[str, bytes] | None = None  # what is to be written in place of the earlier run, if there is one
+        self._held = b""  # the lock as this process wrote it
 
     def check(self, *, overwrite: bool) -> None:
         """Raise InputError if something is in the way of a new run."""
@@ -226,7 +227,7 @@ class ObjectFiles:
                     f"{self.location} is in use by another process ({_holder(held)}); wait for it to end, or choose "
                     f"another directory. If it was killed, remove the object {below(self.location, LOCK)}"
                 ) from error
-        self._kept = {} if replacing else None
+        self._held, self._kept = content, {} if replacing else None
 
     def unlock(self, *, undo: bool) -> None:
         """Let others in; what was written since `lock` is undone, if told to. A store that is gone is left alone."""
@@ -237,7 +238,8 @@ class ObjectFiles:
                 self.commit()
         self._kept = None
         with suppress(Exception):
-            self.remove(LOCK)
+            if self.read(LOCK) == self._held:  # not one that someone took after this one was removed
+                self.remove(LOCK)
 
     def commit(self) -> None:
         """Have what was written since `lock` replace the run that was here."""

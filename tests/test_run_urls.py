@@ -128,6 +128,10 @@ def test_one_process_at_a_time_and_a_lock_without_its_process(data, quiet):
     with pytest.raises(InputError, match=rf"on elsewhere, since .*If it was killed, remove the object {RUN}/lock"):
         resume(data)
     assert contents()["lock"] == elsewhere
+    system().rm_file("bucket/run/lock")
+    with RunDirectory.existing(RUN):
+        system().pipe_file("bucket/run/lock", elsewhere)
+    assert contents()["lock"] == elsewhere  # it is the other's
     system().pipe_file("bucket/run/lock", json.dumps(lock).encode())
     assert told(resume(data)) == told(quiet["surrogate"])
 
