@@ -8,9 +8,9 @@ error, 2 bad input or usage, 3 stopped before convergence (the result is saved) 
 
 import importlib.util
 import json
+import logging
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -31,7 +31,7 @@ from rich.text import Text
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.checkpoint import MODEL, POSTERIOR, RunDirectory
+from dadvi.checkpoint import RunDirectory
 from dadvi.errors import DadviError, InputError, ModelError
 from dadvi.families import make_family
 from dadvi.fit import Method, check_limits
@@ -43,6 +43,7 @@ from dadvi.model import Model
 from dadvi.plan import Plan, make_plan
 from dadvi.posterior import Posterior, load_posterior
 from dadvi.progress import Lines, Meter
+from dadvi.runfiles import MODEL, POSTERIOR, below, files_at
 from dadvi.sharding import ShardedDataset, open_shards
 from dadvi.types import whole_number
 
@@ -96,6 +97,7 @@ Memory = Annotated[
         help='What a worker may hold besides Python: "2 GiB". Default: a quarter of its memory.',
     ),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell every step in a line of its own; a fit its plan.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only how the fit ended.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as one JSON object.")]
 
@@ -192,15 +194,6 @@ def _read_config(context: typer.Context, config: Path | None) -> Path | None:
     return config
 
 
-def _refuse_url(out: Path) -> Path:
-    if re.match(r"\w[\w+.-]+:/", str(out)):
-        raise InputError(
-            f"--out {out}: the directory of a run is a local one; give a path, and put the posterior elsewhere "
-            "afterwards with Posterior.save"
-        )
-    return out
-
-
 @app.command(context_settings=_ENVIRONMENT)
 def fit(
     context: typer.Context,
@@ -213,9 +206,9 @@ def fit(
     ],
     data: Annotated[str, typer.Argument(metavar="DATA.zarr", help="Path or URL of a Zarr data set.")],
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            callback=_refuse_url, help="Directory to write: posterior.zarr, trace.jsonl, settings.json, checkpoints."
+            help="Directory to write, a path or URL: posterior.zarr, trace.jsonl, settings.json, checkpoints."
         ),
     ],
     scheduler: Scheduler = None,
@@ -284,9 +277,7 @@ def fit(
         bool, typer.Option("--dry-run", help="Check the input and print the plan: sizes, method, passes, memory.")
     ] = False,
     json: AsJson = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Tell the plan, and every step in a line of its own.")
-    ] = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
@@ -298,9 +289,7 @@ def fit(
     or interrupted (`dadvi resume` goes on), 4 diverged.
     """
     client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=_cores())
-    if len(told := _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})) > 1:
-        raise InputError("--verbose and --quiet exclude one another; give one of them")
-    verbose, quiet = "verbose" in told, "quiet" in told
+    verbose, quiet = _how_much(context, verbose, quiet)
     settings = _method(
         method,
         batch_rows=batch_rows,
@@ -351,13 +340,15 @@ def fit(
             progress=not (quiet or verbose),
             callbacks=[Lines(Meter(plan.passes_at_most), seconds=0.0)] if verbose else (),
         )
-    tell_end(posterior, out / POSTERIOR, as_json=json, quiet=quiet)
+    tell_end(posterior, directory, out, as_json=json, quiet=quiet)
 
 
 @app.command(context_settings=_ENVIRONMENT)
 def resume(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` began to write.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` began to write: a path or URL.")
+    ],
     scheduler: Scheduler = None,
     workers: Workers = None,
     serial: Serial = False,
@@ -367,6 +358,7 @@ def resume(
     memory: Memory = None,
     checkpoint_seconds: CheckpointSeconds = 60.0,
     json: AsJson = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a fit that was interrupted, or that stopped, given more passes. Prints where the posterior is.
@@ -375,6 +367,7 @@ def resume(
     of `dadvi fit`.
     """
     client, num_workers = _who_works(context, scheduler, workers, serial, otherwise=_cores())
+    verbose, quiet = _how_much(context, verbose, quiet)
     directory = RunDirectory.existing(run)
     if not {"model", "data"} <= set(directory.origin):
         raise InputError(f"{run} was not begun by `dadvi fit`; go on with dadvi.resume, in Python")
@@ -393,9 +386,10 @@ def resume(
             memory_budget=memory,
             max_passes=max_passes,
             checkpoint_seconds=checkpoint_seconds,
-            progress=not quiet,
+            progress=not (quiet or verbose),
+            callbacks=[Lines(Meter(max_passes), seconds=0.0)] if verbose else (),
         )
-    tell_end(posterior, run / POSTERIOR, as_json=json, quiet=quiet)
+    tell_end(posterior, directory, run, as_json=json, quiet=quiet)
 
 
 def _who_works(
@@ -411,8 +405,16 @@ def _who_works(
     return "serial" if serial else scheduler, None if serial or scheduler else workers or otherwise
 
 
-def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -> NoReturn:
-    """Tell how a fit ended, print where its posterior is, and exit with the code of its status."""
+def _how_much(context: typer.Context, verbose: bool, quiet: bool) -> tuple[bool, bool]:
+    """Return whether every step is to be told, and whether only the end."""
+    told = _nearest(context, {"verbose": verbose or None, "quiet": quiet or None})
+    if len(told) > 1:
+        raise InputError("--verbose and --quiet exclude one another; give one of them")
+    return "verbose" in told, "quiet" in told
+
+
+def tell_end(posterior: Posterior, directory: RunDirectory, given: str, *, as_json: bool, quiet: bool) -> NoReturn:
+    """Tell how a fit ended, print where its posterior is, below the directory as given, and exit with its code."""
     if posterior.records and not quiet:
         profile = asdict(posterior.records[-1].profile)
         _say("seconds of passes: " + ", ".join(f"{phase} {value:.1f}" for phase, value in profile.items()))
@@ -420,7 +422,8 @@ def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -
     certificate = posterior.certificate
     distance = f"; means within {certificate.max:.3g} posterior sds of the optimum" if certificate else ""
     _say(f"{posterior.status}: {posterior.reason}{distance} ({posterior.passes:.1f} passes, {seconds:.1f} s)")
-    typer.echo(_dumps({**_ending(posterior), "posterior": str(where.resolve())}) if as_json else str(where))
+    absolute = {"posterior": below(directory.location, POSTERIOR)}
+    typer.echo(_dumps({**_ending(posterior), **absolute}) if as_json else below(given, POSTERIOR))
     codes = {"converged": ExitCode.CONVERGED, "stopped": ExitCode.STOPPED, "diverged": ExitCode.DIVERGED}
     raise typer.Exit(codes[posterior.status])
 
@@ -428,7 +431,7 @@ def tell_end(posterior: Posterior, where: Path, *, as_json: bool, quiet: bool) -
 @contextmanager
 def _telling_how_to_resume(directory: RunDirectory) -> Iterator[None]:
     """End an interrupted fit with code 3; there, and after an error that leaves a checkpoint, tell how to go on."""
-    go_on = f"dadvi resume {shlex.quote(str(directory.path))}"
+    go_on = f"dadvi resume {shlex.quote(str(directory.location))}"
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
@@ -487,12 +490,12 @@ def _told(plan: Plan) -> str:
 def summary(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or path or URL of a posterior."),
+        typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a posterior: path or URL."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print mean, sd and quantiles of every latent."""
-    posterior = load_posterior(run if "://" in run else _posterior_in(Path(run)))
+    posterior = load_posterior(_posterior_in(run))
     if as_json:
         typer.echo(summary_json(posterior))
         return
@@ -508,10 +511,12 @@ def summary(
     _say(repr(posterior))
 
 
-def _posterior_in(run: Path) -> Path:
-    if not run.exists():
+def _posterior_in(run: str) -> str:
+    if POSTERIOR in files_at(run).names():
+        return below(run, POSTERIOR)
+    if "://" not in run and not Path(run).exists():
         raise InputError(f"{run} does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior")
-    return run / POSTERIOR if (run / POSTERIOR).exists() else run
+    return run
 
 
 def summary_json(posterior: Posterior) -> str:
@@ -660,6 +665,13 @@ def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
     # What a batch system sends first: leave as an error does, so that nothing half-written stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for part in (
+        "batched",
+        "client",
+        "comm",
+        "core",
+    ):  # which log a lost connection, with tracebacks: an error tells it
+        logging.getLogger(f"distributed.{part}").setLevel(logging.CRITICAL)
     try:
         with _short_warnings():
             app(prog_name="dadvi")

@@ -8,8 +8,8 @@ import itertools
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
@@ -43,6 +43,15 @@ ShardChunks: TypeAlias = tuple[int, list[int]]
 
 ClientLike: TypeAlias = Client | str | None
 """Who works: a client, a scheduler's address or "serial", or None; see `make_executor`."""
+
+SCHEDULER_LOST = (CancelledError, CommClosedError, ClosedClientError)
+"""What Dask raises when the scheduler is gone, or another one has its address, which knows nothing of the tasks."""
+
+WAIT_SECONDS = 30.0
+"""How long tasks wait for a worker when there is none."""
+
+AGAIN = "resume the run or fit again"
+"""What to do after the cluster has failed a fit."""
 
 PLACEMENT_SECONDS = 2.0
 """How often the executor looks for workers that joined or left."""
@@ -179,12 +188,12 @@ class DaskExecutor(_Base):
         client: Client,
         owned: Sequence[Any] = (),
         retries: int = 3,
-        wait_seconds: float = 30.0,
+        wait_seconds: float = WAIT_SECONDS,
         need: Need | None = None,
     ) -> None:
         super().__init__(model, data)
         self.client, self._owned, self._retries, self._wait_seconds = client, owned, retries, wait_seconds
-        self._address = client.scheduler.address
+        self._address = client.scheduler.address  # which a client that has closed does not know any more
         check_workers(client, wait_seconds)
         if not data.shareable and not in_this_process(client):
             raise DataError(
@@ -208,18 +217,14 @@ class DaskExecutor(_Base):
         """Return the sums of a pass."""
         started = time.perf_counter()
         try:
-            results = self._gather(self._submit(work, self._shards(chunks), check))
+            with losing_scheduler(self._address, AGAIN):
+                futures = self._submit(work, self._shards(chunks), check)
+                results = gather(self.client, futures, self._wait_seconds, AGAIN)
         except KilledWorker as error:
             raise _labelled(
                 WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
                 label,
             ) from error
-        except (CancelledError, CommClosedError, ClosedClientError) as error:
-            lost = WorkError(
-                f"the scheduler at {self._address} was lost ({error or type(error).__name__}); start it, and resume "
-                "the run or fit again"
-            )
-            raise _labelled(lost, label) from error
         except (InputError, WorkError, OSError) as error:
             raise _labelled(error, label) from error
         arrived = time.perf_counter()
@@ -271,38 +276,6 @@ class DaskExecutor(_Base):
             ]
         return futures
 
-    def _gather(self, futures: list[Future]) -> list[Any]:
-        """Return the results. Without any worker tasks would wait for ever, so that has an end.
-
-        Raises
-        ------
-        WorkError
-            If there was no worker for `wait_seconds`.
-
-        """
-        last_seen = time.monotonic()
-        while True:
-            try:
-                with self.client.as_current():  # which `wait` asks for
-                    wait(futures, timeout=min(PLACEMENT_SECONDS, self._wait_seconds))
-            except TimeoutError:
-                now = time.monotonic()
-                if self._workers():
-                    last_seen = now
-                elif now >= last_seen + self._wait_seconds:
-                    self.client.cancel(futures)
-                    raise WorkError(
-                        f"the scheduler at {self._address} has had no workers for {now - last_seen:.0f} s; start some, "
-                        "and resume the run or fit again"
-                    ) from None
-            else:
-                return list(self.client.gather(futures))
-
-    def _workers(self) -> list[str]:
-        """Return the addresses of the workers."""
-        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
-        return sorted(self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"])
-
     def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
         """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
 
@@ -328,7 +301,7 @@ class DaskExecutor(_Base):
         now = time.monotonic()
         if now < self._placed_at + PLACEMENT_SECONDS:
             return
-        workers = self._workers()
+        workers = workers_of(self.client)
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
         self._placed_at = now
@@ -428,6 +401,65 @@ def _large_on_purpose() -> AbstractContextManager[Any]:
 
 def _labelled(error: Exception, label: str) -> Exception:
     return type(error)(f"{label}: {error}" if label else str(error))
+
+
+def gather(client: Client, futures: Sequence[Future], wait_seconds: float, remedy: str) -> list[Any]:
+    """Return the results of tasks, in order. Without any worker they would wait for ever, so that has an end.
+
+    Parameters
+    ----------
+    wait_seconds
+        How long to wait for a worker when there is none.
+    remedy
+        What to do when there was none for so long, after having started some.
+
+    Raises
+    ------
+    WorkError
+        If there was no worker for `wait_seconds`; the tasks are cancelled then.
+
+    """
+    last_seen = time.monotonic()
+    while True:
+        try:
+            with client.as_current():  # which `wait` asks for
+                wait(futures, timeout=min(PLACEMENT_SECONDS, wait_seconds))
+        except TimeoutError:
+            now = time.monotonic()
+            if workers_of(client):
+                last_seen = now
+            elif now >= last_seen + wait_seconds:
+                client.cancel(futures)
+                raise WorkError(
+                    f"the scheduler at {client.scheduler.address} has had no workers for {now - last_seen:.0f} s; "
+                    f"start some, and {remedy}"
+                ) from None
+            if not any(future.status == "error" for future in futures):
+                continue
+        return list(client.gather(futures))
+
+
+@contextmanager
+def losing_scheduler(address: str, remedy: str) -> Iterator[None]:
+    """Tell that the scheduler was lost, and what to do after having started it, as a WorkError."""
+    try:
+        yield
+    except SCHEDULER_LOST as error:
+        raise WorkError(
+            f"the scheduler at {address} was lost, and with it the tasks ({type(error).__name__}); start it, and "
+            f"{remedy}"
+        ) from error
+
+
+def workers_of(client: Client) -> list[str]:
+    """Return the addresses of the workers; an error of `SCHEDULER_LOST` if the scheduler does not answer."""
+    if client.scheduler is None:  # the client has given up to reach it
+        raise ClosedClientError
+    try:
+        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
+        return sorted(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
+    except OSError as error:
+        raise CommClosedError(str(error)) from error
 
 
 def in_this_process(client: Client) -> bool:

@@ -82,8 +82,8 @@ def fit(
         libraries: the chunks in hand, what a pass makes of them, and chunks kept for the next pass. None for a quarter
         of a worker's memory.
     run_dir
-        Directory for the settings, the trace, checkpoints and the posterior. A fit that is interrupted, or whose
-        cluster fails, goes on from there by `resume`.
+        Directory for the settings, the trace, checkpoints and the posterior: a path, or a URL that fsspec understands.
+        A fit that is interrupted, or whose cluster fails, goes on from there by `resume`.
     overwrite
         Whether an earlier run in `run_dir` may be replaced.
     checkpoint_seconds

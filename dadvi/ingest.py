@@ -10,12 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from distributed import CancelledError, Client, KilledWorker
-from distributed.comm import CommClosedError
+from distributed import Client, KilledWorker
 
 from dadvi import sharding
 from dadvi.errors import DataError, InputError, WorkError
-from dadvi.executors import IN_PROCESS_BYTES, ClientLike, as_it_is, check_workers, find_workers, in_this_process
+from dadvi.executors import (
+    IN_PROCESS_BYTES,
+    SCHEDULER_LOST,
+    WAIT_SECONDS,
+    ClientLike,
+    as_it_is,
+    check_workers,
+    find_workers,
+    gather,
+    in_this_process,
+    losing_scheduler,
+)
 from dadvi.sharding.fieldspec import FieldSpecs
 from dadvi.sharding.ingest import Here, Missing, Tasks
 from dadvi.sharding.location import Location, Options, is_shareable, protocols, resolve
@@ -28,6 +38,9 @@ Result = TypeVar("Result")
 
 POLL_SECONDS = 0.05
 """How often to look whether tasks of a failed ingest have ended."""
+
+AGAIN = "ingest again"
+"""What to do after the cluster has failed an ingest."""
 
 
 def ingest(
@@ -132,7 +145,7 @@ class Workers:
     shareable
         Whether sources and output can be opened by another process.
     wait_seconds
-        How long to wait for the first worker.
+        How long to wait for a worker when there is none.
     retries
         How often Dask runs a failed task again. Bad input is not tried again.
 
@@ -144,8 +157,11 @@ class Workers:
         If sources or output lie in this process's memory and the workers are other processes.
     """
 
-    def __init__(self, client: Client, *, shareable: bool, wait_seconds: float = 30.0, retries: int = 3) -> None:
-        self._client, self._retries = client, retries
+    def __init__(
+        self, client: Client, *, shareable: bool, wait_seconds: float = WAIT_SECONDS, retries: int = 3
+    ) -> None:
+        self._client, self._wait_seconds, self._retries = client, wait_seconds, retries
+        self._address = client.scheduler.address
         check_workers(client, wait_seconds)
         if not shareable and not in_this_process(client):
             raise DataError(
@@ -174,27 +190,26 @@ class Workers:
             When workers or the scheduler were lost.
         """
         run = f"dadvi-ingest-{uuid.uuid4().hex[:8]}"
-        # As the result of a task what all of them share reaches a worker once.
-        shared = self._client.submit(as_it_is, _Shared(task), key=f"{run}-task")
-        futures = [
-            self._client.submit(_attempt, shared, item, key=f"{run}-{number}", retries=self._retries)
-            for number, item in enumerate(items)
-        ]
-        try:
-            results = self._client.gather(futures)
-        except BaseException as error:
-            self._client.cancel([*futures, shared])
-            if isinstance(error, CancelledError | CommClosedError):
-                raise WorkError(
-                    f"the scheduler at {self._client.scheduler.address} was lost ({error}); start it and ingest again"
-                ) from error
-            self._settle(run)
-            if isinstance(error, KilledWorker):
-                raise WorkError(
-                    f"ingest was given up: a task ended {error.allowed_failures + 1} workers; "
-                    "give them more memory, or make memory_bytes or shards smaller"
-                ) from error
-            raise
+        with losing_scheduler(self._address, AGAIN):
+            # As the result of a task what all of them share reaches a worker once.
+            shared = self._client.submit(as_it_is, _Shared(task), key=f"{run}-task")
+            futures = [
+                self._client.submit(_attempt, shared, item, key=f"{run}-{number}", retries=self._retries)
+                for number, item in enumerate(items)
+            ]
+            try:
+                results = gather(self._client, futures, self._wait_seconds, AGAIN)
+            except SCHEDULER_LOST:
+                raise
+            except BaseException as error:
+                self._client.cancel([*futures, shared])
+                self._settle(run)
+                if isinstance(error, KilledWorker):
+                    raise WorkError(
+                        f"ingest was given up: a task ended {error.allowed_failures + 1} workers; "
+                        "give them more memory, or make memory_bytes or shards smaller"
+                    ) from error
+                raise
         for result in results:
             if isinstance(result, InputError):
                 raise result

@@ -22,7 +22,7 @@ def read_job(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     options
-        Name to type of every option that a job may set: bool, int, float, str, Path, a StrEnum, or one of them or None.
+        Name to type of every option that a job may set: bool, int, float, str, a StrEnum, or one of them or None.
 
     Raises
     ------
@@ -67,5 +67,4 @@ _TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     str: ((str,), "text in quotes"),
-    Path: ((str,), "a path in quotes"),
 }

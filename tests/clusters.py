@@ -1,6 +1,7 @@
 """Small clusters that close what they opened: in one process, in several, and as `dask scheduler` and `dask worker`."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -64,14 +65,32 @@ def ending(started: subprocess.Popen) -> Iterator[None]:
 
 
 @contextmanager
-def scheduler_process(directory: Path, *options: str, **variables: str) -> Iterator[str]:
-    """Run a scheduler on a free port of the loopback; give its address."""
+def daemon(arguments: Sequence[str], directory: Path, **variables: str) -> Iterator[None]:
+    """Run a daemon in the foreground while the body runs; end it by its id."""
+    log = directory / f"{Path(arguments[0]).name}.out"
+    with log.open("wb") as output:
+        started = subprocess.Popen(arguments, env=environment(**variables), stdout=output, stderr=output)
+    with ending(started):
+        yield
+        assert started.poll() is None, log.read_text()
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def scheduler_process(directory: Path, *options: str, **variables: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Run a scheduler on a free port of the loopback; give its process and its address."""
     file = directory / "scheduler.json"
     where = ["--host", "127.0.0.1", "--port", "0", "--no-show", "--scheduler-file", str(file)]
     dashboard = ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
     with process(["scheduler", *dashboard, *where, *options], directory, **variables) as started:
         wait_for(lambda: json_of(file) is not None, started, "the scheduler")
-        yield json_of(file)["address"]
+        yield started, json_of(file)["address"]
 
 
 @contextmanager

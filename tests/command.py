@@ -12,8 +12,9 @@ from unittest import mock
 
 import numpy as np
 import pandas as pd
+import torch
 
-from dadvi import cli
+from dadvi import cli, load_posterior
 
 ROWS = 3_000
 NAMES = ("AA", "BB", "CC")
@@ -104,6 +105,13 @@ def write_data(directory: Path) -> tuple[Path, Path]:
 def ingest_options() -> Sequence[str]:
     """Return the options by which the table becomes 12 chunks in 4 shards."""
     return ("--fields", FIELDS, "--chunk-rows", "250", "--shard-rows", "750")
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    """Assert that two runs have the same posterior, to the bit."""
+    found, expected = (load_posterior(each / "posterior.zarr").unconstrained.params for each in (run, reference))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: small data sets on disk, a cluster in this process, clusters of worker processes."""
+"""Fixtures for all tests: small data sets on disk, a cluster in this process or in others, an object store."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from clusters import local_client
 from distributed import Client
+from objects import Server, object_store
 
 from dadvi.sharding import ShardedDataset, write_shards
 
@@ -40,3 +41,10 @@ def process_clients() -> Iterator[Callable[[int], Client]]:
             return started[num_workers]
 
         yield client_of
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[Server]:
+    """An object store, to be used through `objects.reached`."""
+    with object_store() as server:
+        yield server

@@ -42,6 +42,7 @@ ORDER = [
     "posterior",
     "records",
     "fingerprint",
+    "runfiles",
     "checkpoint",
     "control",
     "advi",

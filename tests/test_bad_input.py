@@ -379,8 +379,8 @@ FIT: dict[str, tuple[str, list[str]]] = {
         ["--scheduler, --workers and --serial exclude one another"],
     ),
     "output a URL": (
-        "model.py:model data.zarr --out s3://bucket/run",
-        ["--out s3:/bucket/run: the directory of a run is a local one; give a path"],
+        "model.py:model data.zarr --out nowhere://bucket/run",
+        ["nowhere://bucket/run cannot be used (Protocol not known: nowhere); give a path, or a URL such as s3://"],
     ),
     "password in a URL": (
         "model.py:model ftp://me:hunter2@host/data.zarr",
@@ -415,7 +415,7 @@ JOB: dict[str, tuple[str, list[str]]] = {
         ["choice.toml: family = 'full': it must be one of 'mean_field', 'full_rank', 'low_rank'"],
     ),
     "text for a flag": ("flag.toml", ["flag.toml: serial = 'yes': it must be true or false"]),
-    "list for a path": ("path.toml", ["path.toml: out = ['run']: it must be a path in quotes"]),
+    "list for a path": ("path.toml", ["path.toml: out = ['run']: it must be text in quotes"]),
     "out of range": ("range.toml model.py:model data.zarr --out new", ["tol=-1.0: it must be positive and finite"]),
     "output exists": ("whole.toml --out run", ["run exists; choose another output"]),
 }

@@ -34,7 +34,7 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def scheduler(world) -> Iterator[str]:
     """The address of a scheduler."""
-    with scheduler_process(world) as address:
+    with scheduler_process(world) as (_, address):
         yield address
 
 

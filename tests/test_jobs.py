@@ -246,6 +246,9 @@ def test_a_verbose_fit_tells_its_plan_and_every_step_without_control_characters(
     assert lines[-1].startswith("stopped: ")
     assert sum(" passes  ELBO " in line for line in lines) >= 20  # of which three make an epoch
     assert "".join(lines).isprintable()
+    ran = dadvi_process("resume", "run", "--serial", "--max-passes", 18, "-v", cwd=here)
+    assert (ran.code, ran.out) == (STOPPED, "run/posterior.zarr\n"), ran.err
+    assert sum(" ELBO " in line for line in ran.err.splitlines()) >= 6
 
 
 # The example of a batch job -------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-from clusters import local_client
-from distributed import KilledWorker
+from clusters import local_client, scheduler_process, worker
+from distributed import Client, KilledWorker
 from zarr.storage import MemoryStore
 
 import dadvi
+from dadvi import executors
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.ingest import Workers, _absent
 from dadvi.sharding import tables
@@ -171,19 +174,30 @@ def test_a_task_that_fails_is_tried_again_and_order_kept(tmp_path, thread_client
     assert (tmp_path / "tried1").exists()
 
 
-def test_a_failure_waits_for_tasks_that_are_under_way(thread_client):
-    events = []
+def test_a_failure_waits_for_tasks_that_are_under_way(tmp_path, thread_client, monkeypatch):
+    monkeypatch.setattr(executors, "PLACEMENT_SECONDS", 0.05)  # it is seen while others work
 
     def fail_or_work(item):
         if item == 0:
             raise RuntimeError("no bad input, but a mistake")
-        events.append("started")
-        time.sleep(0.5)
-        events.append("ended")
+        work(tmp_path, item)
 
     with pytest.raises(RuntimeError, match="a mistake"):
-        list(Workers(thread_client, shareable=True, retries=0).map(fail_or_work, range(3)))
-    assert events.count("started") == events.count("ended")
+        list(Workers(thread_client, shareable=True, retries=0).map(fail_or_work, range(9)))
+    started, ended = done(tmp_path)
+    assert started == ended
+    assert 0 < len(ended) < 8
+
+
+def work(directory, item):
+    (directory / f"started{item}").touch()
+    time.sleep(0.5)
+    (directory / f"ended{item}").touch()
+
+
+def done(directory):
+    """Return which items were begun and which were finished. In files: a worker has a copy of all else."""
+    return ([path.name[-1] for path in sorted(directory.glob(f"{what}*"))] for what in ("started", "ended"))
 
 
 def _die_once(marker):
@@ -214,18 +228,60 @@ def test_a_worker_that_is_killed_as_it_writes_leaves_nothing(tmp_path, sources):
 
 
 def test_a_task_that_ends_its_workers_is_given_up_after_the_others_have_ended(tmp_path, thread_client, monkeypatch):
-    def work(item):
-        (tmp_path / f"started{item}").touch()
-        time.sleep(0.5)
-        (tmp_path / f"ended{item}").touch()
-
-    def killed(_futures):
+    def killed(*_arguments):
         while not any(tmp_path.glob("started*")):
             time.sleep(0.01)
         raise KilledWorker("task", None, 3)
 
-    monkeypatch.setattr(thread_client, "gather", killed)
+    monkeypatch.setattr(sys.modules["dadvi.ingest"], "gather", killed)  # `dadvi.ingest` is the function
     with pytest.raises(WorkError, match="a task ended 4 workers"):
-        list(Workers(thread_client, shareable=True).map(work, range(3)))
-    started, ended = (sorted(path.name[-1] for path in tmp_path.glob(f"{what}*")) for what in ("started", "ended"))
+        list(Workers(thread_client, shareable=True).map(partial(work, tmp_path), range(3)))
+    started, ended = done(tmp_path)
     assert started == ended != []
+
+
+def test_an_ingest_without_workers_is_given_up_after_a_while():
+    with local_client(processes=True, n_workers=1) as client:
+        workers = Workers(client, shareable=True, wait_seconds=1.0)
+        client.cluster.scale(0)
+        while client.cluster.scheduler.workers:
+            time.sleep(0.05)
+        with pytest.raises(WorkError, match=r"has had no workers for \d+ s; start some, and ingest again"):
+            list(workers.map(abs, range(3)))
+        client.cluster.scale(1)
+        client.wait_for_workers(1, timeout=60)
+        assert list(workers.map(abs, range(-3, 0))) == [3, 2, 1]
+
+
+def test_an_ingest_whose_scheduler_is_lost_says_so_and_leaves_nothing(tmp_path, sources):
+    writing = tmp_path / "t-writing"
+
+    def hang(marker):  # a worker, instead of renaming a file of Zarr's
+        rename = Path.replace
+
+        def replace(path, target):
+            if path.suffix == ".partial":
+                Path(marker).touch()
+                time.sleep(60)
+            return rename(path, target)
+
+        Path.replace = replace
+
+    def kill(scheduler):
+        while not writing.exists():
+            time.sleep(0.01)
+        scheduler.kill()
+
+    (tmp_path / "t").mkdir()
+    with ExitStack() as stack:
+        scheduler, address = stack.enter_context(scheduler_process(tmp_path / "t"))
+        hanging = stack.enter_context(worker(address, tmp_path / "t" / "worker"))
+        client = stack.enter_context(Client(address, set_as_default=False))
+        client.run(hang, str(writing))
+        killer = threading.Thread(target=kill, args=[scheduler])
+        killer.start()
+        with pytest.raises(WorkError, match=r"the scheduler at tcp://.* was lost, .* start it, and ingest again"):
+            dadvi.ingest(sources(), tmp_path / "out", fields="k", client=client)
+        killer.join()
+        hanging.kill()
+    assert left(tmp_path) == []

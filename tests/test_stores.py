@@ -1,81 +1,34 @@
 """Data sets and posteriors where clusters keep them: an object store over HTTP, a Zip archive, memory.
 
-The object store is moto's, a server that speaks S3, behind a gate that can fail or wait.
+The directories of runs at URLs are tested by `test_run_urls.py`.
 """
 
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from threading import Lock, Thread
-from typing import Any
 
 import numpy as np
 import pytest
-import s3fs
-import torch
 import zarr
-from command import MODEL, dadvi, dadvi_process, ingest_options, write_table
-from moto.server import DomainDispatcherApplication, create_backend_app
+from command import MODEL, assert_same_bits, dadvi, dadvi_process, ingest_options, write_table
+from objects import BUCKET, KEY, SECRET, Gate, objects, reached, system
 from torch.distributions import Normal
-from werkzeug.serving import make_server
 from zarr.storage import MemoryStore, ZipStore
 
 import dadvi as package
 from dadvi.errors import DataError
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
-KEY, SECRET = "AKIAQ7ZX3EXAMPLE", "uT5rWq9secretX0example"
-BUCKET = "s3://bucket"
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--seed", "2", "--quiet"]
 
 
-class Gate:
-    """What stands before the object store: fails every n-th reading of a chunk, or all of them, or waits."""
-
-    def __init__(self, app: Callable[..., Any]) -> None:
-        self._app, self._lock = app, Lock()
-        self.reset()
-
-    def reset(self, every: int = 0, wait: float = 0.0) -> None:
-        self.every, self.wait, self.reads, self.failed = every, wait, 0, 0
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        if environ["REQUEST_METHOD"] == "GET" and "/c/" in environ["PATH_INFO"]:
-            with self._lock:
-                self.reads += 1
-                fails = self.every and self.reads % self.every == 0
-                self.failed += bool(fails)
-            if fails:
-                start_response("500 Internal Server Error", [("Content-Type", "application/xml")])
-                return [b"<Error><Code>InternalError</Code><Message>try again</Message></Error>"]
-            time.sleep(self.wait)
-        return self._app(environ, start_response)
-
-
 @pytest.fixture(scope="module")
-def gate() -> Iterator[Gate]:
-    """An object store on a loopback port, and the environment in which it is reached, for child processes too."""
-    gate = Gate(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, gate, threaded=True)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_RETRY_MODE", "standard")
-        patch.setenv("AWS_MAX_ATTEMPTS", "3")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        system().mkdir("bucket")
+def gate(object_server) -> Iterator[Gate]:
+    """What can make the object store fail."""
+    with reached(object_server) as gate:
         yield gate
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +55,6 @@ def fit(world: Path, data: object, out: Path, *options: object, run=dadvi):
     return run("fit", f"{world / 'model.py'}:model", data, "--out", out, *SETTINGS, *options)
 
 
-def assert_same_bits(run: Path, reference: Path) -> None:
-    found, expected = (
-        package.load_posterior(each / "posterior.zarr").unconstrained.params for each in (run, reference)
-    )
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 # An object store ------------------------------------------------------------------------------------------------------
 
 
@@ -129,17 +74,6 @@ def test_two_workers_fit_from_an_object_store_with_the_bits_of_a_directory(world
 
 def without_quiet(*arguments: object):
     return dadvi_process(*(each for each in arguments if each != "--quiet"))
-
-
-def system() -> s3fs.S3FileSystem:
-    """A view of the object store beside the package's own, without its cached listings."""
-    return s3fs.S3FileSystem(use_listings_cache=False)
-
-
-def objects() -> Iterator[bytes]:
-    """The content of every object in the bucket."""
-    for name in system().find("bucket"):
-        yield system().cat_file(name)
 
 
 def test_a_posterior_goes_to_an_object_store_and_back(world):

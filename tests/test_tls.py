@@ -50,7 +50,7 @@ def settings(world) -> str:
 def address(world, settings) -> Iterator[str]:
     """A scheduler and a worker that know only who has a certificate of theirs."""
     with (
-        scheduler_process(world, "--protocol", "tls", DASK_CONFIG=settings) as address,
+        scheduler_process(world, "--protocol", "tls", DASK_CONFIG=settings) as (_, address),
         worker(address, world / "worker", DASK_CONFIG=settings),
     ):
         assert address.startswith("tls://127.0.0.1:")

@@ -55,10 +55,12 @@ def open_store(resolved: Path | str | Store, options: Options, *, read_only: boo
     if isinstance(resolved, Path):
         return LocalStore(resolved, read_only=read_only)
     try:
-        return FsspecStore.from_url(resolved, storage_options=dict(options or {}), read_only=read_only)
+        store = FsspecStore.from_url(resolved, storage_options=dict(options or {}), read_only=read_only)
+        store.fs.invalidate_cache()  # of listings made before, which others may have changed since
     except Exception as error:
         # Every file system that fsspec drives raises errors of its own.
         raise DataError(f"cannot reach {resolved}: {error}; check the URL and storage_options") from error
+    return store
 
 
 def is_shareable(resolved: Path | str | Store) -> bool:

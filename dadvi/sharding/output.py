@@ -81,7 +81,7 @@ def output(location: Location, *, overwrite: bool = False, options: Options = No
     ):  # a Zip archive: neither the manifest, which comes last, nor a failure could be seen to
         raise DataError(f"{resolved} cannot replace what is in it; write to a directory and pack that")
     if not sync(store.is_empty("")):
-        _check_replaceable(resolved, overwrite, replaceable=is_group(store))
+        check_replaceable(resolved, overwrite, replaceable=is_group(store))
     target = Output(store, None)
     try:
         yield target
@@ -128,7 +128,7 @@ def check_free(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) 
     """Raise DataError when something stands at `path` that must not be replaced; for the arguments see `staged`."""
     if path.exists():
         empty = path.is_dir() and not any(path.iterdir())
-        _check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
+        check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
 
 
 def _rename(directory: Path, path: Path, overwrite: bool) -> None:
@@ -145,7 +145,7 @@ def _rename(directory: Path, path: Path, overwrite: bool) -> None:
     shutil.rmtree(old)
 
 
-def _check_replaceable(where: Path | str | Store, overwrite: bool, *, replaceable: bool) -> None:
+def check_replaceable(where: Path | str | Store, overwrite: bool, *, replaceable: bool) -> None:
     """Raise DataError when what is at the location must not be replaced."""
     if not replaceable:
         raise DataError(

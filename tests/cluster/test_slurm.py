@@ -11,15 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
-from clusters import ending
-from command import dadvi, environment, write_data
+from clusters import daemon, free_port
+from command import assert_same_bits, dadvi, environment, write_data
 
-import dadvi as package
 from dadvi.cli import app
 
 RECIPES = Path(__file__).parents[2] / "cluster" / "slurm"
@@ -88,24 +86,8 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
         yield found
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def start(stack: ExitStack, arguments: list[str], directory: Path, **variables: str) -> None:
     stack.enter_context(daemon(arguments, directory, **variables))
-
-
-@contextmanager
-def daemon(arguments: list[str], directory: Path, **variables: str) -> Iterator[None]:
-    """Run a daemon in the foreground while the body runs; end it by its id."""
-    with (directory / f"{arguments[0]}.out").open("wb") as output:
-        started = subprocess.Popen(arguments, env=environment(**variables), stdout=output, stderr=output)
-    with ending(started):
-        yield
-        assert started.poll() is None, (directory / f"{arguments[0]}.out").read_text()
 
 
 def output_of(arguments: list[str], cwd: Path | None = None, **variables: str) -> str:
@@ -169,14 +151,6 @@ def run_job(
         log = directory / "job.log"
         pytest.fail(f"{shown}\n{log.read_text() if log.exists() else 'no log'}")
     return f"{shown['JobState']} {shown['ExitCode']}", (directory / "job.log").read_text()
-
-
-def assert_same_bits(run: Path, reference: Path) -> None:
-    found, expected = (
-        package.load_posterior(each / "posterior.zarr").unconstrained.params for each in (run, reference)
-    )
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_job_with_two_workers_has_the_bits_of_a_serial_fit(slurm, world, tmp_path):

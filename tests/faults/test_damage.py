@@ -10,8 +10,7 @@ import pytest
 from interrupted import CASES, after_passes, fields, told
 
 import dadvi
-from dadvi import checkpoint
-from dadvi.checkpoint import read_checkpoint
+from dadvi.checkpoint import decoded
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.sharding import open_shards, write_shards
 
@@ -61,12 +60,12 @@ def test_no_flipped_byte_of_a_checkpoint_is_read(stopped, tmp_path):
         shutil.copy(stopped / "checkpoint", path)
         flip(path, rng)
         with pytest.raises(DataError, match="is damaged"):
-            read_checkpoint(path)
+            decoded(path.read_bytes(), "checkpoint")
     content = (stopped / "checkpoint").read_bytes()
     for length in (0, 1, 30, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(DataError, match="is damaged"):
-            read_checkpoint(path)
+            decoded(path.read_bytes(), "checkpoint")
 
 
 def test_damaged_settings_are_refused(stopped, data, tmp_path):
@@ -89,10 +88,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path, monkeypatch, c
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WorkError, match=r"cannot write .*No space left on device.*resume"):
         dadvi.fit(interrupted.model(case), data, client="serial", run_dir=run, checkpoint_seconds=0.0, **CASES[case])
-    monkeypatch.setattr(checkpoint.os, "fsync", real)
+    monkeypatch.setattr(os, "fsync", real)
     assert not list(run.glob(".*"))
-    assert read_checkpoint(run / "checkpoint")
+    assert decoded((run / "checkpoint").read_bytes(), "checkpoint")
     assert told(dadvi.resume(run, interrupted.model(case), data, client="serial")) == told(expected)

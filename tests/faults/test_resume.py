@@ -19,8 +19,9 @@ from torch.distributions import Bernoulli, Normal
 
 import dadvi
 from dadvi import anchored
-from dadvi.checkpoint import RunDirectory, is_run
+from dadvi.checkpoint import RunDirectory
 from dadvi.errors import DataError, InputError, ModelError, WorkError
+from dadvi.runfiles import is_run
 from dadvi.sharding import write_shards
 
 MOMENTS = int(os.environ.get("DADVI_KILLS", "2"))

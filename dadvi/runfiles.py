@@ -1,0 +1,374 @@
+"""Where the directory of a run lies: on a local disk, or on an object store that fsspec reaches by a URL.
+
+On a disk a file is written under another name, flushed and renamed, and so is there whole or not at all; a lock ends
+with its process; and a run that is to be replaced is put aside until the new one has a checkpoint. An object store
+writes an object whole or not at all by itself, but renames nothing. There a lock is an object that is created where
+there is none, and stays when its process is killed; a new run keeps what it has to write until its first checkpoint,
+when the one that it replaces is removed; and a posterior, of many objects, is there when its description is, the last.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeAlias
+from uuid import uuid4
+
+import fsspec
+import psutil
+
+from dadvi.errors import DataError, InputError, WorkError
+from dadvi.posterior import ATTRIBUTE, Posterior
+from dadvi.sharding.location import resolve
+from dadvi.sharding.output import check_free, check_replaceable
+
+POSTERIOR, TRACE, SETTINGS = "posterior.zarr", "trace.jsonl", "settings.json"
+CHECKPOINT, MODEL, LOCK = "checkpoint", "model.py", "lock"
+NAMES = {POSTERIOR, TRACE, SETTINGS, CHECKPOINT, MODEL, LOCK}
+PARTIAL = ".partial"
+"""What the names of unfinished files end with; they begin with a dot."""
+
+
+class LocalFiles:
+    """Files in a directory on a local disk."""
+
+    grows = True
+
+    def __init__(self, path: Path) -> None:
+        self.location = path
+        self._aside: Path | None = None  # the earlier run that this one replaces
+        self._lock: int | None = None
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raise InputError if a new run cannot be written here."""
+        check_free(self.location, overwrite=overwrite, is_ours=is_run)
+        if not os.access(self.location.parent, os.W_OK):
+            raise InputError(
+                f"cannot write to {self.location.parent}; create that directory, or choose one that can be written"
+            )
+
+    def lock(self, *, replacing: bool) -> None:
+        """Keep other processes out: until `unlock`, or until this one ends."""
+        path = self.location
+        try:
+            path.mkdir(exist_ok=True)
+            self._lock = _locked(path)
+            if replacing:
+                self._aside = path.with_name(f".{path.name}.{uuid4().hex[:8]}.old")
+                path.rename(self._aside)
+                path.mkdir()
+                earlier, self._lock = self._lock, _locked(path)
+                os.close(earlier)
+        except OSError as error:
+            raise InputError(f"cannot write to {path}: {error.strerror}; choose another directory") from error
+        for leftover in path.glob(f".*{PARTIAL}"):  # of a process that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def unlock(self, *, undo: bool) -> None:
+        """Let others in."""
+        if undo:
+            shutil.rmtree(self.location, ignore_errors=True)
+            if self._aside is not None:
+                self._aside.rename(self.location)
+                self._aside = None
+        self.commit()
+        self.remove(LOCK)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def commit(self) -> None:
+        """Have what was written since `lock` replace the run that was here."""
+        if self._aside is not None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside = None
+
+    def names(self) -> set[str]:
+        """Return what is in the directory."""
+        return {entry.name for entry in self.location.iterdir()} if self.location.is_dir() else set()
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file; None if there is none."""
+        path = self.location / name
+        return path.read_bytes() if path.exists() else None
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Write a file under another name, flush it to the disk, and rename it."""
+        path, partial = self.location / name, self.location / f".{name}{PARTIAL}"
+        try:
+            with partial.open("wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _flush(path.parent)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise self._cannot_write(name, error) from error
+
+    def append(self, name: str, text: str) -> None:
+        """Add to a file."""
+        try:
+            with (self.location / name).open("a") as file:
+                file.write(text)
+        except OSError as error:
+            raise self._cannot_write(name, error) from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.location / name).unlink(missing_ok=True)
+
+    def save(self, posterior: Posterior) -> None:
+        """Write the posterior under another name, flush it to the disk, and rename it."""
+        final, partial = self.location / POSTERIOR, self.location / f".{POSTERIOR}{PARTIAL}"
+        replaced = self.location / f".replaced{PARTIAL}"
+        try:
+            posterior.save(partial, overwrite=True)
+            for file in sorted(partial.rglob("*")):
+                _flush(file)
+            if final.exists():
+                final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            _flush(self.location)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._cannot_write(POSTERIOR, error) from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a posterior."""
+        return (self.location / POSTERIOR).exists()
+
+    def _cannot_write(self, name: str, error: OSError) -> WorkError:
+        return WorkError(
+            f"cannot write {self.location / name}: {error.strerror or error}; what was there before is as it was. Make "
+            "room, then resume"
+        )
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(directory: Path) -> int:
+    """Return the descriptor of a lock on a directory, which ends with this process.
+
+    Raises
+    ------
+    InputError
+        If another process holds it, with its id and host.
+
+    """
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(descriptor, 1_000).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise InputError(
+            f"{directory} is in use by another process ({holder}); wait for it to end, or choose another directory"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
+
+
+class ObjectFiles:
+    """Files on an object store, each an object below a URL."""
+
+    grows = False
+
+    def __init__(self, url: str) -> None:
+        self.location = url.rstrip("/")
+        try:
+            self._system, self._root = fsspec.core.url_to_fs(self.location)
+        except (ImportError, ValueError, OSError) as error:
+            raise InputError(
+                f"{url} cannot be used ({error}); give a path, or a URL such as s3://bucket/run"
+            ) from error
+        self._kept: dict[str, bytes] | None = None  # what is to be written in place of the earlier run, if there is one
+        self._held = b""  # the lock as this process wrote it
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raise InputError if something is in the way of a new run."""
+        if names := self.names():
+            check_replaceable(self.location, overwrite, replaceable=_of_run(names))
+
+    def lock(self, *, replacing: bool) -> None:
+        """Keep other processes out, until `unlock`, and begin to replace the run that is here, if told to."""
+        process, host, now = psutil.Process(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds")
+        lock = {"process": process.pid, "host": host, "since": now, "started": process.create_time(), "id": uuid4().hex}
+        content = json.dumps(lock).encode()
+        if _is_over(self.read(LOCK)):
+            self.remove(LOCK)
+        try:
+            self._system.pipe_file(self._path(LOCK), content, mode="create")
+        except Exception as error:
+            # There is one already, or the store cannot be reached: what is raised is up to the file system.
+            held = self.read(LOCK)
+            if held is None:
+                raise InputError(
+                    f"cannot write to {self.location}: {_told(error)}; choose another directory"
+                ) from error
+            if held != content:  # it is where an answer was lost and the request was made again
+                raise InputError(
+                    f"{self.location} is in use by another process ({_holder(held)}); wait for it to end, or choose "
+                    f"another directory. If it was killed, remove the object {below(self.location, LOCK)}"
+                ) from error
+        self._held, self._kept = content, {} if replacing else None
+
+    def unlock(self, *, undo: bool) -> None:
+        """Let others in; what was written since `lock` is undone, if told to. A store that is gone is left alone."""
+        with suppress(Exception):
+            if undo and self._kept is None:
+                self._clear()
+            elif not undo:
+                self.commit()
+        self._kept = None
+        with suppress(Exception):
+            if self.read(LOCK) == self._held:  # not one that someone took after this one was removed
+                self.remove(LOCK)
+
+    def commit(self) -> None:
+        """Have what was written since `lock` replace the run that was here."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self._clear()
+            for name, content in kept.items():
+                self.write(name, content)
+
+    def names(self) -> set[str]:
+        """Return what is in the directory."""
+        try:
+            self._system.invalidate_cache()
+            found = self._system.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return set()
+        except Exception as error:
+            raise self._cannot_read(error) from error
+        return {each.rstrip("/").rpartition("/")[2] for each in found}
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file; None if there is none."""
+        if self._kept is not None:
+            return self._kept.get(name)
+        try:
+            return bytes(self._system.cat_file(self._path(name)))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise self._cannot_read(error) from error
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Write a file, in place of the one before."""
+        content = b"".join(parts)
+        if self._kept is not None:
+            self._kept[name] = content
+            return
+        try:
+            self._system.pipe_file(self._path(name), content)
+        except Exception as error:
+            raise self._cannot_write(name, error) from error
+
+    def append(self, name: str, text: str) -> None:
+        """Do nothing: an object does not grow."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        self._system.invalidate_cache()
+        with suppress(FileNotFoundError):
+            self._system.rm(self._path(name), recursive=True)
+
+    def save(self, posterior: Posterior) -> None:
+        """Write the posterior in place of the one before."""
+        self.commit()
+        try:
+            posterior.save(below(self.location, POSTERIOR), overwrite=True)
+        except Exception as error:
+            raise self._cannot_write(POSTERIOR, error) from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a posterior: its description is written last."""
+        group = self.read(f"{POSTERIOR}/zarr.json")
+        return group is not None and ATTRIBUTE in json.loads(group).get("attributes", {})
+
+    def _clear(self) -> None:
+        """Remove all but the lock; the posterior first, lest it be taken for that of another run."""
+        for name in sorted(self.names() - {LOCK}, key=lambda name: name != POSTERIOR):
+            self.remove(name)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _cannot_read(self, error: Exception) -> DataError:
+        return DataError(f"{self.location} cannot be read: {_told(error)}; check that the store can be reached")
+
+    def _cannot_write(self, name: str, error: Exception) -> WorkError:
+        return WorkError(
+            f"cannot write {below(self.location, name)}: {_told(error)}; check that the store can be reached, "
+            "then resume"
+        )
+
+
+RunFiles: TypeAlias = LocalFiles | ObjectFiles
+"""The files of a run, by name."""
+
+
+def files_at(location: str | os.PathLike[str]) -> RunFiles:
+    """Return the files of the directory at a path or URL. Raises InputError if a URL cannot be used."""
+    resolved = resolve(location)
+    return LocalFiles(resolved) if isinstance(resolved, Path) else ObjectFiles(str(resolved))
+
+
+def below(directory: str | os.PathLike[str], name: str) -> str:
+    """Return the path or URL of what is in a directory."""
+    text = os.fspath(directory)
+    return f"{text.rstrip('/')}/{name}" if "://" in text else str(Path(text) / name)
+
+
+def is_run(location: str | os.PathLike[str]) -> bool:
+    """Return whether the directory of a run, and nothing else, stands at a path or URL."""
+    return _of_run(files_at(location).names())
+
+
+def _of_run(names: set[str]) -> bool:
+    strange = {name for name in names - NAMES if not (name.startswith(".") and name.endswith(PARTIAL))}
+    return bool(names & {SETTINGS, LOCK}) and not strange  # a lock alone: its process was killed as it began
+
+
+def _told(error: Exception) -> str:
+    return str(error).strip() or repr(error)
+
+
+def _holder(lock: bytes) -> str:
+    try:
+        held = json.loads(lock)
+        return f"process {held['process']} on {held['host']}, since {held['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def _is_over(lock: bytes | None) -> bool:
+    """Return whether a lock is that of a process of this machine which is no more."""
+    try:
+        held = json.loads(lock or b"null")
+        if held["host"] != socket.gethostname():
+            return False
+        return bool(psutil.Process(held["process"]).create_time() != held["started"])
+    except psutil.NoSuchProcess:
+        return True
+    except (ValueError, KeyError, TypeError):
+        return False
