@@ -148,7 +148,9 @@ class SerialExecutor(_Base):
 class DaskExecutor(_Base):
     """Runs passes on a Dask cluster, each shard on the worker that read it before.
 
-    Model and data set reach a worker once, as the result of a task, which the scheduler runs again if it is lost.
+    Model and data set reach a worker once, as the result of a task, which the scheduler runs again if it is lost. Each
+    worker has a key of its own for them, and so keeps them, with the chunks that it has read: of copies under one key
+    Dask drops all but one after a while.
 
     Parameters
     ----------
@@ -199,6 +201,7 @@ class DaskExecutor(_Base):
                 self._context: Future = client.submit(_Context, *arguments, key=f"{self._run}-context")
         else:  # as it is: a task's arguments would be pickled
             self._context = client.scatter(_Context(model, data, need or Need()), hash=False)
+        self._contexts: dict[str, Future] = {}  # by worker
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
 
@@ -244,7 +247,7 @@ class DaskExecutor(_Base):
         futures = [
             self.client.submit(
                 _run_task,
-                self._context,
+                self._contexts[task.worker],
                 what,
                 task.shards,
                 check,
@@ -331,11 +334,21 @@ class DaskExecutor(_Base):
         workers = self._workers()
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
+            self._contexts = {
+                worker: self._contexts.get(worker) or self._context_on(worker)
+                for worker in sorted(set(self._placement.values()))
+            }
         self._placed_at = now
+
+    def _context_on(self, worker: str) -> Future:
+        return self.client.submit(
+            as_it_is, self._context, key=f"{self._run}-context-{worker}", workers=[worker], allow_other_workers=True
+        )
 
     def close(self) -> None:
         """Release the context and close what was started for this executor."""
-        self._context.release()
+        for context in (self._context, *self._contexts.values()):
+            context.release()
         for resource in self._owned:
             resource.close()
 

@@ -242,6 +242,18 @@ def wait_until(condition, seconds=30.0):
         time.sleep(0.05)
 
 
+def test_workers_keep_their_chunks_when_dask_drops_copies(process_clients, bound, data, tmp_path):
+    client = process_clients(4)
+    client.wait_for_workers(4)
+    scripted = ScriptedDataset(data, tmp_path / "counts", {})
+    chunks = [0, 3, 6, 9]  # of a shard for each worker
+    with DaskExecutor(bound, scripted, client) as executor:
+        for _ in range(3):
+            executor.run(works()[0], chunks)
+            client.amm.run_once()
+    assert [scripted.count(chunk) for chunk in chunks] == [1, 1, 1, 1]
+
+
 def test_same_bits_on_4_2_and_1_workers(process_clients, bound, data, reference):
     client = process_clients(4)
     with DaskExecutor(bound, data, client) as executor:
