@@ -244,20 +244,17 @@ class DaskExecutor(_Base):
         if size > LARGE_PASS and len(tasks) > 1:
             with _large_on_purpose():
                 what = self.client.submit(as_it_is, work, key=f"{key}-pass")
-        futures = [
-            self.client.submit(
+        where = {f"{key}-{number}": [task.worker] for number, task in enumerate(tasks)}
+        with dask.annotate(workers=where.__getitem__, allow_other_workers=True, retries=self._retries):
+            # What all share is in lists too: given by name it would get a key of that name if it is large.
+            futures: list[Future] = self.client.map(
                 _run_task,
-                self._contexts[task.worker],
-                what,
-                task.shards,
-                check,
-                key=f"{key}-{number}",
-                workers=[task.worker],
-                allow_other_workers=True,
-                retries=self._retries,
+                [self._contexts[task.worker] for task in tasks],
+                [what] * len(tasks),
+                [task.shards for task in tasks],
+                [check] * len(tasks),
+                key=list(where),
             )
-            for number, task in enumerate(tasks)
-        ]
         if len(tasks) * size > LARGE_SUMS and all(len(task.shards) == 1 for task in tasks):
             return self._added_up(futures, key)
         return futures
