@@ -590,7 +590,8 @@ def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
             dashboard_address=None,
             scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port: None asks for 8787, warns if taken
         )
-    return Client(cluster, set_as_default=False), cluster
+    # Directly, as workers on this machine can be reached: not by way of the scheduler.
+    return Client(cluster, set_as_default=False, direct_to_workers=True), cluster
 
 
 def make_executor(
