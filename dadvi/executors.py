@@ -4,12 +4,13 @@ An executor splits the chunks by shard, has each shard summed by `dadvi.summing.
 shard order.
 """
 
+import asyncio
 import itertools
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
@@ -18,7 +19,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import dask
 import torch
-from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
+from distributed import Actor, CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError, get_address_host_port
 from distributed.security import Security
@@ -62,6 +63,12 @@ LARGE_SUMS = 2**20
 LARGE_PASS = 2**13
 """Numbers of a pass's sums, and about as many of its arguments, which travel with every task: those of larger passes
 travel once, to workers, and between them."""
+
+FEW_ROWS = 2**17
+"""Rows up to which a pass is a matter of milliseconds, as a stochastic step is: actors sum it, not tasks."""
+
+LOST_SECONDS = 0.2
+"""How often it is seen to whether an actor that has not answered is still there."""
 
 TOGETHER = 8
 """Shards added up by one task: a power of two, so that the order is that of `tree_sum`."""
@@ -157,7 +164,10 @@ class SerialExecutor(_Base):
 class DaskExecutor(_Base):
     """Runs passes on a Dask cluster, each shard on the worker that read it before.
 
-    Model and data set reach a worker once, as the result of a task, which the scheduler runs again if it is lost.
+    Model and data set reach a worker once, as the result of a task, which the scheduler runs again if it is lost. Each
+    worker has a key of its own for them, and so keeps them, with the chunks that it has read: of copies under one key
+    Dask drops all but one after a while. A pass over few rows is summed by an actor on each worker, and by tasks where
+    there is none or it failed.
 
     Parameters
     ----------
@@ -208,6 +218,8 @@ class DaskExecutor(_Base):
                 self._context: Future = client.submit(_Context, *arguments, key=f"{self._run}-context")
         else:  # as it is: a task's arguments would be pickled
             self._context = client.scatter(_Context(model, data, need or Need()), hash=False)
+        self._contexts: dict[str, Future] = {}  # by worker
+        self._summers = _Summers(client, f"{self._run}-summer")
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
 
@@ -218,8 +230,7 @@ class DaskExecutor(_Base):
         started = time.perf_counter()
         try:
             with losing_scheduler(self._address, AGAIN):
-                futures = self._submit(work, self._shards(chunks), check)
-                results = gather(self.client, futures, self._wait_seconds, AGAIN)
+                results = self._results(work, self._shards(chunks), check)
         except KilledWorker as error:
             raise _labelled(
                 WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
@@ -237,29 +248,43 @@ class DaskExecutor(_Base):
         self.profile += Profile.of(seconds, arrived - started, time.perf_counter() - arrived)
         return total
 
-    def _submit(self, work: Pass[Sums], shards: list[ShardChunks], check: bool) -> list[Future]:
+    def _results(self, work: Pass[Sums], shards: list[ShardChunks], check: bool) -> list[Any]:
+        """Return results, each of some shards: by actors if it is a matter of milliseconds, else by tasks.
+
+        Some passes go by tasks in any case: a scheduler that has had none for long may close itself. Other passes let
+        the actors go, as Dask retires no worker that has one.
+        """
+        looked = self._update_placement()
+        tasks, results = self._tasks(shards), []
+        if sum(task.rows for task in tasks) > FEW_ROWS or work.size(self.model.model.dim) > LARGE_PASS:
+            self._summers.leave_all_but(())
+        elif not looked:
+            answers = self._summers.ask(work, tasks, check, self._contexts)
+            results = [answer for answer in answers if answer is not None]
+            tasks = [task for task, answer in zip(tasks, answers, strict=True) if answer is None]
+        if tasks:
+            results += gather(self.client, self._submit(work, tasks, check), self._wait_seconds, AGAIN)
+        return results
+
+    def _submit(self, work: Pass[Sums], tasks: list["_Task"], check: bool) -> list[Future]:
         """Return futures of results, each of some shards: of all of them together if their sums are large."""
         key = f"{self._run}-{work.name}-{next(self._calls)}"
-        tasks = self._tasks(shards)
         size = work.size(self.model.model.dim)
         what: Any = work
         if size > LARGE_PASS and len(tasks) > 1:
             with _large_on_purpose():
                 what = self.client.submit(as_it_is, work, key=f"{key}-pass")
-        futures = [
-            self.client.submit(
+        where = {f"{key}-{number}": [task.worker] for number, task in enumerate(tasks)}
+        with dask.annotate(workers=where.__getitem__, allow_other_workers=True, retries=self._retries):
+            # What all share is in lists too: given by name it would get a key of that name if it is large.
+            futures: list[Future] = self.client.map(
                 _run_task,
-                self._context,
-                what,
-                task.shards,
-                check,
-                key=f"{key}-{number}",
-                workers=[task.worker],
-                allow_other_workers=True,
-                retries=self._retries,
+                [self._contexts[task.worker] for task in tasks],
+                [what] * len(tasks),
+                [task.shards for task in tasks],
+                [check] * len(tasks),
+                key=list(where),
             )
-            for number, task in enumerate(tasks)
-        ]
         if len(tasks) * size > LARGE_SUMS and all(len(task.shards) == 1 for task in tasks):
             return self._added_up(futures, key)
         return futures
@@ -282,7 +307,6 @@ class DaskExecutor(_Base):
         A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one
         for each worker.
         """
-        self._update_placement()
         sizes = self.data.manifest.chunk_sizes
         tasks: list[_Task] = []
         filling: dict[str, _Task] = {}  # each worker's latest task
@@ -296,19 +320,35 @@ class DaskExecutor(_Base):
             task.rows += rows
         return tasks
 
-    def _update_placement(self) -> None:
-        """Follow workers that joined or left; where a task runs does not change its bits."""
+    def _update_placement(self) -> bool:
+        """Follow workers that joined or left, if it is time to, and tell whether it was.
+
+        Where a task runs does not change its bits.
+        """
         now = time.monotonic()
         if now < self._placed_at + PLACEMENT_SECONDS:
-            return
+            return False
         workers = workers_of(self.client)
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
+            self._contexts = {
+                worker: self._contexts.get(worker) or self._context_on(worker)
+                for worker in sorted(set(self._placement.values()))
+            }
+            self._summers.leave_all_but(self._contexts)
         self._placed_at = now
+        return True
+
+    def _context_on(self, worker: str) -> Future:
+        return self.client.submit(
+            as_it_is, self._context, key=f"{self._run}-context-{worker}", workers=[worker], allow_other_workers=True
+        )
 
     def close(self) -> None:
         """Release the context and close what was started for this executor."""
-        self._context.release()
+        self._summers.leave_all_but(())
+        for context in (self._context, *self._contexts.values()):
+            context.release()
         for resource in self._owned:
             resource.close()
 
@@ -353,6 +393,68 @@ def _run_task(
     except InputError as error:
         return error
     return _Result(parts, [(get_worker().address, watch.seconds)])
+
+
+class _Summer:
+    """What sums on the worker where it lives."""
+
+    def __init__(self, context: _Context) -> None:
+        self._context = context
+
+    def sum(self, work: Pass[Sums], shards: Sequence[ShardChunks], check: bool) -> _Result[Sums] | InputError:
+        """Sum some shards, as a task does."""
+        return _run_task(self._context, work, shards, check)
+
+
+class _Summers:
+    """Actors that sum, one on each worker: Dask calls them without the books that a scheduler keeps about tasks.
+
+    A round of calls takes some 3 ms, a round of tasks 10 or more. But an actor is lost with its worker, and what fails
+    in it nobody tries again: that is left to tasks.
+    """
+
+    def __init__(self, client: Client, key: str) -> None:
+        self._client, self._key, self._numbers = client, key, itertools.count()
+        self._futures: dict[str, Future] = {}  # by worker, of the actors
+        self._actors: dict[str, Actor] = {}
+
+    def ask(self, work: Pass[Sums], tasks: Sequence["_Task"], check: bool, contexts: Mapping[str, Future]) -> list[Any]:
+        """Return the results of tasks, None for those that no actor did: it failed, was lost, or has yet to come."""
+        for worker in {task.worker for task in tasks} - self._futures.keys():
+            self._futures[worker] = self._client.submit(
+                _Summer, contexts[worker], key=f"{self._key}-{next(self._numbers)}", workers=[worker], actor=True
+            )
+
+        async def ask_all() -> list[Any]:
+            return await asyncio.gather(*(self._ask(work, task, check) for task in tasks))
+
+        with self._client.as_current():  # which actors look for
+            return list(self._client.sync(ask_all))
+
+    async def _ask(self, work: Pass[Sums], task: "_Task", check: bool) -> Any:
+        future = self._futures[task.worker]
+        if not future.done():
+            return None
+        with suppress(Exception):  # a task that meets the same will tell
+            if task.worker not in self._actors:
+                self._actors[task.worker] = await future
+            call = asyncio.ensure_future(self._actors[task.worker].sum(work, task.shards, check))
+            while future.status == "finished":
+                done, _ = await asyncio.wait([call], timeout=LOST_SECONDS)
+                if done:
+                    return call.result()
+            call.cancel()  # lost with its worker: it may never answer
+        return None
+
+    def leave_all_but(self, workers: Container[str]) -> None:
+        """Have no actors on other workers any more."""
+        left = [worker for worker in self._futures if worker not in workers]
+        if left and self._client.status == "running":
+            # An actor that was called holds itself until it is collected; to release its future would not end it.
+            self._client.cancel([self._futures[worker] for worker in left])
+        for worker in left:
+            del self._futures[worker]
+            self._actors.pop(worker, None)
 
 
 def as_it_is(value: T) -> T:
@@ -521,7 +623,8 @@ def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
             dashboard_address=None,
             scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port: None asks for 8787, warns if taken
         )
-    return Client(cluster, set_as_default=False), cluster
+    # Directly, as workers on this machine can be reached: not by way of the scheduler.
+    return Client(cluster, set_as_default=False, direct_to_workers=True), cluster
 
 
 def make_executor(

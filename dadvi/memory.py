@@ -5,18 +5,16 @@ chunks kept for the next pass. Python, torch and Dask themselves come on top, ab
 their files.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
-import numpy as np
 from dask.utils import format_bytes, parse_bytes
 
 from dadvi.errors import InputError
 from dadvi.likelihood import BoundModel
 from dadvi.passes import tangents_at_once
 from dadvi.sharding import Manifest
-from dadvi.summing import chunks_at_once
+from dadvi.summing import chunks_at_once, row_bytes
 
 Budget: TypeAlias = int | str | None
 """Bytes for a worker, as a number or a text such as "1.5 GiB"; None for a share of what there is."""
@@ -90,16 +88,8 @@ def working_bytes(model: BoundModel, manifest: Manifest, num_points: int, num_ta
     """Return the bytes that a worker has in use while it sums a pass at K points, and Hessians there."""
     at_once = chunks_at_once(model, manifest)
     rows = min(manifest.num_rows, at_once * manifest.chunk_rows)
-    row_bytes = sum(_row_bytes(manifest, name) for name in model.fields)
     chunks = CHUNKS_IN_HAND + (at_once > 1) + 1  # perhaps joined, and cast
     at_draws = model.saved_bytes * num_points * rows
     tangents = min(num_tangents, tangents_at_once(at_draws)) * at_draws
     in_d = 8 * (ARRAYS_OF_DRAWS * num_points + ARRAYS_OF_TANGENTS * num_tangents) * model.model.dim
-    return int(chunks * rows * row_bytes + LIVE * (at_draws + tangents) + in_d)
-
-
-def _row_bytes(manifest: Manifest, name: str) -> int:
-    """Return the bytes of a row of a field as a tensor: integers become int64."""
-    field = manifest.fields[name]
-    whole = np.dtype(field.dtype).kind in "iu"
-    return math.prod(field.shape) * (8 if whole else np.dtype(field.dtype).itemsize)
+    return int(chunks * rows * row_bytes(model, manifest) + LIVE * (at_draws + tangents) + in_d)

@@ -1,18 +1,25 @@
 """One shard summed: its chunks read, checked and added up in order, on one thread of one worker."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dadvi.errors import DataError, InputError, ModelError, WorkError
 from dadvi.likelihood import BoundModel, concatenated
-from dadvi.passes import Pass, single_thread
+from dadvi.passes import Pass, Summation, single_thread
 from dadvi.sharding import Manifest
 from dadvi.sharding.cache import ChunkCache
 from dadvi.stopwatch import Stopwatch
 from dadvi.types import Batch, FloatArray
+
+ROWS_AT_ONCE, BYTES_AT_ONCE = 8_000, 2**23
+"""Small chunks are summed together up to so many rows, or so many bytes of rows and of what one draw makes of them:
+beyond, what each call of the likelihood costs by itself no longer matters."""
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 
@@ -28,8 +35,7 @@ def sum_shard(
 ) -> Sums:
     """Sum a pass over chunks of one shard, in the order of `members`.
 
-    Chunks with fewer rows than the model has coordinates are taken some at a time: gradients and the like have an
-    element for every coordinate, whatever the rows, and should not be made anew for a few of these.
+    Small chunks are taken some at a time, as `chunks_at_once` has it.
 
     Parameters
     ----------
@@ -52,54 +58,88 @@ def sum_shard(
         If memory runs out, or a store cannot be read at the moment; with shard and chunk.
 
     """
-    watch = watch or Stopwatch()
-    at_once = chunks_at_once(model, chunks.data.manifest)
-    groups = [members[first : first + at_once] for first in range(0, len(members), at_once)]
+    watch, manifest = watch or Stopwatch(), chunks.data.manifest
+    at_once = chunks_at_once(model, manifest)
     batches = chunks.stream(members, model.fields)
     with single_thread():
-        with _told_where(work, chunks.data.manifest, members):
+        with _told_where(work, manifest, members):
             total = work.over(model, watch)
-        for group in groups:
-            with _told_where(work, chunks.data.manifest, group) as read:
-                for chunk in group:
+        for first in range(0, len(members), at_once):
+            group, read = members[first : first + at_once], []
+            for chunk in group:
+                with _told_where(work, manifest, [chunk]):
                     read.append(next(batches))
                     watch.lap("read")
-                    if check:
-                        model.check_rows(read[-1], chunks.data.manifest.rows(chunk)[0])
+                if check:
+                    with _told_where(work, manifest, [chunk], read[-1]):
+                        model.check_rows(read[-1], manifest.rows(chunk)[0])
                         watch.lap("check")
-                total.add(read[0] if len(read) == 1 else concatenated(read))
-        with _told_where(work, chunks.data.manifest, members):
+            _add(total, work, model, manifest, group, read)
+        with _told_where(work, manifest, members):
             return total.sums()
 
 
+def _add(
+    total: Summation[Sums],
+    work: Pass[Sums],
+    model: BoundModel,
+    manifest: Manifest,
+    group: Sequence[int],
+    read: Sequence[Batch],
+) -> None:
+    """Add the rows of some chunks; if that fails, take the chunks one by one to tell which of them it was."""
+    try:
+        total.add(read[0] if len(read) == 1 else concatenated(read))
+    except Exception:
+        for chunk, batch in zip(group, read, strict=True) if len(read) > 1 else ():
+            with _told_where(work, manifest, [chunk], batch):
+                work.on_chunk(model, batch)
+        with _told_where(work, manifest, group, read[0]):
+            raise
+
+
 def chunks_at_once(model: BoundModel, manifest: Manifest) -> int:
-    """Return how many chunks are summed together."""
-    return max(1, model.model.dim // manifest.chunk_rows)
+    """Return how many chunks are summed together.
+
+    A call of the likelihood takes its time whatever the rows, so small chunks go together. So do chunks with fewer rows
+    than the model has coordinates: gradients and the like have an element for every one, and should not be made anew
+    for a few rows.
+    """
+    rows = min(ROWS_AT_ONCE, int(BYTES_AT_ONCE / (row_bytes(model, manifest) + model.saved_bytes)))
+    return max(1, max(rows, model.model.dim) // manifest.chunk_rows)
+
+
+def row_bytes(model: BoundModel, manifest: Manifest) -> int:
+    """Return the bytes of a row as tensors: integers become int64."""
+    fields = [manifest.fields[name] for name in model.fields]
+    dtypes = [np.dtype(field.dtype) for field in fields]
+    sizes = [8 if dtype.kind in "iu" else dtype.itemsize for dtype in dtypes]
+    return sum(size * math.prod(field.shape) for size, field in zip(sizes, fields, strict=True))
 
 
 @contextmanager
-def _told_where(work: Pass[Sums], manifest: Manifest, members: Sequence[int]) -> Iterator[list[Batch]]:
-    """Give a list for the batches of some chunks, and tell with every error where it came up."""
-    read: list[Batch] = []
-    shard, last = manifest.shard(members[0]), members[-1]
+def _told_where(
+    work: Pass[Sums], manifest: Manifest, members: Sequence[int], batch: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Tell with every error in which chunks it came up."""
+    first, last = members[0], members[-1]
+    where = f"shard {manifest.shard(first)}, " + (f"chunk {first}" if first == last else f"chunks {first} to {last}")
     try:
-        yield read
+        yield
     except InputError as error:
-        where = f"shard {shard}, chunk {members[max(0, len(read) - 1)]}"
-        raise type(error)(str(error) if f"shard {shard}, chunk" in str(error) else f"{error} ({where})") from error
+        told = f"shard {manifest.shard(first)}, chunk" in str(error)
+        raise type(error)(str(error) if told else f"{error} ({where})") from error
     except OSError as error:  # may pass: the executor retries it
-        where = f"shard {shard}, chunk {members[min(len(read), len(members) - 1)]}"
         raise OSError(f"{where} could not be read: {type(error).__name__}: {error}") from error
     except Exception as error:
-        what = f"chunk {last}" if len(members) == 1 else f"chunks {members[0]} to {last}"
-        where = f"shard {shard}, {what} (rows {manifest.rows(members[0])[0]} to {manifest.rows(last)[1] - 1})"
+        where += f" (rows {manifest.rows(first)[0]} to {manifest.rows(last)[1] - 1})"
         if not isinstance(error, IndexError):
             # What the likelihood raises on these rows it will raise again; memory, or a store, may come back.
             kind = WorkError if isinstance(error, WorkError | MemoryError) else ModelError
             raise kind(f"pass {work.name!r} failed on {where}: {type(error).__name__}: {error}") from error
         codes = {
             name: f"{int(values.min())} to {int(values.max())}"
-            for name, values in (concatenated(read) if read else {}).items()
+            for name, values in (batch or {}).items()
             if not (values.is_floating_point() or values.dtype == torch.bool)
         }
         raise DataError(

@@ -7,12 +7,9 @@
   (K = 8, D = 100). Two shards a worker, so that an ideal pass takes two seconds on any number of workers; the figure is
   what it takes beyond, as a share of the two seconds. Workers are threads of this process, as are scheduler and client,
   so all of them share one interpreter: a cluster of as many machines has less to do in any of its processes.
-- steps: a gradient of 16 random chunks of 200 rows and 5 columns at K = 8, as a stochastic step has it. The figure is
-  the step's seconds minus those in which the busiest worker computed. Beside it where they went, by the times that
-  Dask has of each task: until the first task began (submitting, scheduling, messages), from there until the last ended
-  beyond the busiest worker's computing (workers that began later), and since then (messages, gathering, adding up).
-  With worker processes also the processor's time of this process, which holds client and scheduler: other work on the
-  machine adds less to it.
+- steps: a gradient of 16 random chunks of 200 rows and 5 columns at K = 8, as a stochastic step has it, one after the
+  other. The figure is the step's seconds minus those in which the busiest worker computed. With worker processes also
+  the processor's time of this process, which holds client and scheduler: other work on the machine adds less to it.
 """
 
 import statistics
@@ -26,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from distributed import Client, LocalCluster, get_task_stream
+from distributed import Client, LocalCluster
 from torch.distributions import Bernoulli, Normal
 from turns import Row, medians, parser, ratio, tell, timed
 
@@ -148,7 +145,7 @@ def workers_part(quick: bool, directory: Path) -> Iterator[Row]:
 
 def steps_part(quick: bool, directory: Path) -> Iterator[Row]:
     """Yield what a stochastic step takes beyond the work of the busiest worker."""
-    turns = 40 if quick else 200
+    turns = 100 if quick else 1_000
     for number, processes in ((2, True), (64, False)):
         data = write(directory / f"steps-{number}.zarr", 200 * 128, 5, 200, 1 if number == 64 else 16)
         bound = bound_to(data)
@@ -156,10 +153,10 @@ def steps_part(quick: bool, directory: Path) -> Iterator[Row]:
         with workers(number, processes=processes) as client, DaskExecutor(bound, data, client) as executor:
             serial = SerialExecutor(bound, data)
             measured: dict[str, list[float]] = {}
-            for turn in range(-5, turns):  # some to warm up
+            for turn in range(-20, turns):  # some to warm up
                 chunks = rng.choice(data.manifest.num_chunks, STEP_CHUNKS, replace=False)
-                work = gradient(turn + 5, 5)
-                figures, sums = one_step(executor, client, work, chunks)
+                work = gradient(turn + 20, 5)
+                figures, sums = one_step(executor, work, chunks)
                 if turn < 0:
                     if not np.array_equal(sums.grad, serial.run(work, chunks).grad):
                         raise SystemExit("a step has not the bits of one process; a time for it means nothing")
@@ -176,35 +173,13 @@ def steps_part(quick: bool, directory: Path) -> Iterator[Row]:
         yield Row(f"a step on {number} {kind}", statistics.median(overhead), "ms", None, 3, least)
 
 
-def one_step(
-    executor: DaskExecutor, client: Client, work: Gradient, chunks: np.ndarray
-) -> tuple[dict[str, float], GradientSums]:
-    """Run a step and return the seconds it took beyond its work, and by where they went."""
-    with get_task_stream(client=client) as stream:
-        before = executor.profile
-        processor, started, start = time.process_time(), time.time(), time.perf_counter()
-        sums = executor.run(work, chunks)
-        elapsed = time.perf_counter() - start
-        ended, processor = time.time(), time.process_time() - processor
-    after = executor.profile
-    busiest = elapsed - (after.transfer - before.transfer) - (after.reduce - before.reduce)
-    # Workers add what they take for the difference between their clock and the scheduler's; here it is one clock.
-    delays = client.run(lambda dask_worker: dask_worker.scheduler_delay)
-    runs = [
-        (each["start"] - delays[task["worker"]], each["stop"] - delays[task["worker"]])
-        for task in stream.data
-        for each in task["startstops"]
-        if each["action"] == "compute"
-    ]
-    first, last = min(run[0] for run in runs), max(run[1] for run in runs)
-    return {
-        "overhead": elapsed - busiest,
-        "until the first task": first - started,
-        "until the last has ended, beyond the busiest": last - first - busiest,
-        "since then": ended - last,
-        "computing": busiest,
-        "processor": processor,
-    }, sums
+def one_step(executor: DaskExecutor, work: Gradient, chunks: np.ndarray) -> tuple[dict[str, float], GradientSums]:
+    """Run a step and return the seconds it took beyond its work, those of its work, and the processor's."""
+    before, processor, start = executor.profile, time.process_time(), time.perf_counter()
+    sums = executor.run(work, chunks)
+    elapsed, processor = time.perf_counter() - start, time.process_time() - processor
+    overhead = executor.profile.transfer - before.transfer + executor.profile.reduce - before.reduce
+    return {"overhead": overhead, "computing": elapsed - overhead, "processor": processor}, sums
 
 
 PARTS = {"rows": rows_part, "workers": workers_part, "steps": steps_part}

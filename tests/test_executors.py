@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli, HalfNormal, Normal
 from zarr.storage import MemoryStore
 
 import dadvi
-from dadvi import executors
+from dadvi import executors, summing
 from dadvi.errors import ClusterError, DataError, InputError, ModelError, WorkError
 from dadvi.executors import DaskExecutor, SerialExecutor, check_workers, connect, make_executor, versions
 from dadvi.fit import bind_to
@@ -105,6 +105,14 @@ def test_same_bits_in_this_process(make, bound, data, reference):
         assert_all_the_same_bits(executor, reference)  # now from memory
 
 
+def test_same_bits_with_chunks_summed_two_at_a_time(thread_client, bound, data, monkeypatch):
+    monkeypatch.setattr(summing, "ROWS_AT_ONCE", 2 * CHUNK)
+    serial = SerialExecutor(bound, data)
+    with DaskExecutor(bound, data, thread_client) as executor:
+        for work in works():
+            assert_same_bits(executor.run(work), serial.run(work))
+
+
 def test_rows_read_are_counted(make, bound, data):
     with make(bound, data) as executor:
         executor.run(works()[2])
@@ -147,7 +155,7 @@ class BrokenPass(Pass):
         return 1
 
     def on_chunk(self, model, batch):  # noqa: ARG002
-        return 1 // (len(batch["y"]) - CHUNK + (batch["x"][0, 0] != fields()["x"][130, 0]).item())
+        return 1 // int((batch["x"][:, 0] != fields()["x"][137, 0]).all())
 
 
 def test_a_pass_that_fails_is_named_with_label_shard_and_chunk(make, bound, data):
@@ -242,6 +250,18 @@ def wait_until(condition, seconds=30.0):
         time.sleep(0.05)
 
 
+def test_workers_keep_their_chunks_when_dask_drops_copies(process_clients, bound, data, tmp_path):
+    client = process_clients(4)
+    client.wait_for_workers(4)
+    scripted = ScriptedDataset(data, tmp_path / "counts", {})
+    chunks = [0, 3, 6, 9]  # of a shard for each worker
+    with DaskExecutor(bound, scripted, client) as executor:
+        for _ in range(3):
+            executor.run(works()[0], chunks)
+            client.amm.run_once()
+    assert [scripted.count(chunk) for chunk in chunks] == [1, 1, 1, 1]
+
+
 def test_same_bits_on_4_2_and_1_workers(process_clients, bound, data, reference):
     client = process_clients(4)
     with DaskExecutor(bound, data, client) as executor:
@@ -276,6 +296,86 @@ def test_data_in_memory_are_refused_by_other_processes(process_clients):
     data = write_shards(MemoryStore(), fields(), chunk_rows=CHUNK, shard_rows=SHARD)
     with pytest.raises(DataError, match=r"lives in this process.*client='serial'"):
         DaskExecutor(bind_to(model(), data), data, process_clients(4))
+
+
+# --- actors, which sum what is a matter of milliseconds
+
+
+def transitions_of(client):
+    return client.cluster.scheduler.transition_counter
+
+
+def makes_no_tasks(executor, chunks):
+    before = transitions_of(executor.client)
+    executor.run(works()[2], chunks)
+    return transitions_of(executor.client) == before
+
+
+@pytest.fixture
+def seldom(monkeypatch):
+    """Have passes go by actors as soon as there are any."""
+    monkeypatch.setattr(executors, "PLACEMENT_SECONDS", 1e6)
+
+
+@pytest.mark.usefixtures("seldom")
+def test_a_pass_over_few_rows_has_the_same_bits_and_makes_no_tasks(thread_client, bound, data, reference):
+    with DaskExecutor(bound, data, thread_client) as executor:
+        wait_until(lambda: makes_no_tasks(executor, [0]))
+        before = transitions_of(thread_client)
+        assert_all_the_same_bits(executor, reference)
+        assert transitions_of(thread_client) == before
+    ours = f"{executor._run}-"
+    wait_until(lambda: not any(str(key).startswith(ours) for key in thread_client.cluster.scheduler.tasks))
+
+
+def test_passes_go_by_tasks_from_time_to_time(thread_client, bound, data, monkeypatch):
+    with DaskExecutor(bound, data, thread_client) as executor:
+        wait_until(lambda: makes_no_tasks(executor, [0]))
+        monkeypatch.setattr(executors, "PLACEMENT_SECONDS", 0.1)
+        time.sleep(0.1)
+        assert not makes_no_tasks(executor, [0])
+
+
+@pytest.mark.usefixtures("seldom")
+def test_a_large_pass_goes_by_tasks_and_lets_workers_be_retired(thread_client, bound, data, monkeypatch):
+    scheduler = thread_client.cluster.scheduler
+    with DaskExecutor(bound, data, thread_client) as executor:
+        wait_until(lambda: makes_no_tasks(executor, [0]))
+        assert [len(worker.actors) for worker in scheduler.workers.values()] == [1]
+        monkeypatch.setattr(executors, "FEW_ROWS", CHUNK)
+        assert makes_no_tasks(executor, [0])
+        assert not makes_no_tasks(executor, [0, 1])
+        wait_until(lambda: not any(worker.actors for worker in scheduler.workers.values()))
+
+
+@pytest.mark.usefixtures("seldom")
+def test_what_fails_in_an_actor_is_tried_again_by_tasks(thread_client, bound, data, reference, tmp_path):
+    scripted = ScriptedDataset(data, tmp_path / "faults", {9: ["os_error", "work_error"], 13: ["refuse"]})
+    with DaskExecutor(bound, scripted, thread_client) as executor:
+        wait_until(lambda: makes_no_tasks(executor, [0]))
+        assert_same_bits(executor.run(works()[0], SUBSETS[4]), reference[0][4])
+        assert scripted.count(9) == 3
+        with pytest.raises(DataError, match=r"step 4: bad rows in chunk 13 \(shard 4, chunk 13\)"):
+            executor.run(works()[0], label="step 4")
+        assert scripted.count(13) == 1
+
+
+@pytest.mark.usefixtures("seldom")
+def test_same_bits_after_an_actor_is_killed_with_its_worker(process_clients, bound, data, reference, tmp_path):
+    client = process_clients(2)
+    client.wait_for_workers(2)
+    scripted = ScriptedDataset(data, tmp_path / "faults", {14: ["hang"]})
+    pool = ThreadPoolExecutor(1)
+    with DaskExecutor(bound, scripted, client) as executor:
+        wait_until(lambda: makes_no_tasks(executor, [0, 3]))
+        run = pool.submit(executor.run, works()[0], SUBSETS[4])
+        pool.shutdown(wait=False)
+        wait_until(scripted.hanging.exists)
+        assert not any(worker.processing for worker in client.cluster.scheduler.workers.values())
+        os.kill(int(scripted.hanging.read_text()), signal.SIGKILL)
+        assert_same_bits(run.result(timeout=60), reference[0][4])
+        assert scripted.count(14) == 2
+        assert_all_the_same_bits(executor, reference)
 
 
 # --- which executor, and clusters that cannot be used

@@ -1,6 +1,7 @@
 """Passes: sums over rows against hand computation and autograd, minibatches that add up to the whole, refusals."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import zarr
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
+from dadvi import summing
 from dadvi.errors import DataError, InputError, ModelError
 from dadvi.executors import SerialExecutor
 from dadvi.fit import bind_to
@@ -109,11 +111,37 @@ def test_likelihoods_linear_in_eta_or_free_of_it(write):
         assert not serial.run(HessianVector(np.ones((2, 2)), np.eye(2))).products.any()
 
 
-def test_rows_of_float32_are_summed_in_float64(write):
+@pytest.mark.parametrize(("rows_at_once", "calls"), [(1, [4, 4, 2]), (9, [8, 2]), (8_000, [10])])
+def test_small_chunks_are_summed_together_up_to_a_number_of_rows(write, monkeypatch, rows_at_once, calls):
+    seen = []
+
+    def log_likelihood(a, y):
+        seen.append(len(y))
+        return -((y - a) ** 2)
+
+    y = np.arange(10.0)
+    data = write({"y": y}, chunk_rows=4, shard_rows=12)
+    bound = bind_to(dadvi.Model({"a": Normal(0.0, 1.0)}, log_likelihood=log_likelihood), data)
+    monkeypatch.setattr(summing, "ROWS_AT_ONCE", rows_at_once)
+    seen.clear()
+    sums = SerialExecutor(bound, data).run(Gradient(np.array([[2.0]])))
+    assert seen == calls
+    assert (sums.log_lik.item(), sums.grad.item()) == (-((y - 2) ** 2).sum(), 2 * (y - 2).sum())
+
+
+def test_rows_with_large_likelihoods_are_not_summed_together(write):
+    wide = write({"x": np.zeros((10, 2)), "y": np.zeros(10)}, chunk_rows=2, shard_rows=10)
+    bound = bind_to(dadvi.Model({"a": Normal(0.0, 1.0)}, lambda a, x: Normal(a * x.sum(-1), 1.0), "y"), wide)
+    assert summing.chunks_at_once(bound, wide.manifest) == summing.ROWS_AT_ONCE // 2
+    assert summing.chunks_at_once(replace(bound, saved_bytes=2.0**22), wide.manifest) == 1
+
+
+def test_rows_of_float32_are_summed_in_float64(write, monkeypatch):
     # 2²⁴ + 1 is not a float32: a sum kept in one, over rows or over chunks of one row, loses every row but the first
     y = np.ones(101, dtype=np.float32)
     y[0] = 2**24
     data = write({"y": y}, chunk_rows=1, shard_rows=20)
+    monkeypatch.setattr(summing, "ROWS_AT_ONCE", 1)
     model = dadvi.Model({"a": Normal(0.0, 1.0)}, log_likelihood=lambda a, y: a * y)
     bound = bind_to(model, data)
     assert bound.dtype == torch.float32

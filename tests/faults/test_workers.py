@@ -96,7 +96,7 @@ def test_a_likelihood_that_raises_on_some_row_is_not_tried_again(data, thread_cl
     calls.touch()
 
     def likelihood(a, beta, x, y):
-        if x.shape[0] == 100 and bool((x[:, 0] > 3.1).any()):
+        if x.shape[0] >= 100 and bool((x[:, 0] > 3.1).any()):
             with calls.open("a") as file:
                 file.write(".")
             raise ArithmeticError("too steep")
@@ -113,4 +113,5 @@ def test_a_likelihood_that_raises_on_some_row_is_not_tried_again(data, thread_cl
         with pytest.raises(ModelError, match=r"failed on shard \d+, chunk \d+ \(rows .*ArithmeticError: too steep"):
             executor.run(Gradient(bound.model.start[None].numpy()))
     x = interrupted.fields()["x"][:, 0].reshape(-1, 4, 100).max((1, 2))
-    assert 1 <= calls.stat().st_size <= (x > 3.1).sum()  # once at most for each shard that has such a row
+    # Twice at most for each shard that has such a row: with the other chunks, and by itself, to tell the chunk.
+    assert 2 <= calls.stat().st_size <= 2 * (x > 3.1).sum()
