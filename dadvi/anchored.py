@@ -105,6 +105,8 @@ FARTHEST = 8.0
 MOSTLY = 1.5
 """A certificate below this many times its floor is mostly the error of the draws, which no step makes smaller."""
 
+MOST_DRAWS_ADVISED = 10_000
+
 MOST_REJECTED = 3
 """Steps rejected in a row after which the last resort takes over."""
 
@@ -479,9 +481,10 @@ class _Rounds:
         if certificate.floor <= self.tol or certificate.max > MOSTLY * certificate.floor:
             return None
         enough = 2 * math.ceil(num_draws * (certificate.floor / self.tol) ** 2)  # the error falls like 1/√K
+        more = f"method=Anchored(num_draws={enough}), or " if enough <= MOST_DRAWS_ADVISED else ""
         return (
             f"{num_draws} draws of the posterior leave {certificate.floor:.2g} sds of the optimum unknown, more than "
-            f"tol={self.tol:g}; use method=Anchored(num_draws={enough}), or a larger tol"
+            f"tol={self.tol:g}; use {more}a larger tol"
         )
 
     def step(self, state: _State, aim: _Aim) -> _State | None:
