@@ -665,12 +665,9 @@ def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
     # What a batch system sends first: leave as an error does, so that nothing half-written stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for part in (
-        "batched",
-        "client",
-        "comm",
-        "core",
-    ):  # which log a lost connection, with tracebacks: an error tells it
+    # The first four log a lost connection, with tracebacks: an error tells it. The last logs what a worker that was
+    # killed earlier left behind, where another process removes it at the same moment.
+    for part in ("batched", "client", "comm", "core", "diskutils"):
         logging.getLogger(f"distributed.{part}").setLevel(logging.CRITICAL)
     try:
         with _short_warnings():
