@@ -251,14 +251,14 @@ class DaskExecutor(_Base):
     def _results(self, work: Pass[Sums], shards: list[ShardChunks], check: bool) -> list[Any]:
         """Return results, each of some shards: by actors if it is a matter of milliseconds, else by tasks.
 
-        Some passes go by tasks in any case: a scheduler that has had none for long may close itself. Other passes let
-        the actors go, as Dask retires no worker that has one.
+        A pass goes by tasks in any case when it was time to look for workers: a scheduler that has had no tasks for
+        long may close itself. Longer passes let the actors go, as Dask retires no worker that has one.
         """
-        looked = self._update_placement()
+        placed_at = self._placed_at
         tasks, results = self._tasks(shards), []
         if sum(task.rows for task in tasks) > FEW_ROWS or work.size(self.model.model.dim) > LARGE_PASS:
             self._summers.leave_all_but(())
-        elif not looked:
+        elif self._placed_at == placed_at:
             answers = self._summers.ask(work, tasks, check, self._contexts)
             results = [answer for answer in answers if answer is not None]
             tasks = [task for task, answer in zip(tasks, answers, strict=True) if answer is None]
@@ -307,6 +307,7 @@ class DaskExecutor(_Base):
         A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one
         for each worker.
         """
+        self._update_placement()
         sizes = self.data.manifest.chunk_sizes
         tasks: list[_Task] = []
         filling: dict[str, _Task] = {}  # each worker's latest task
@@ -320,14 +321,11 @@ class DaskExecutor(_Base):
             task.rows += rows
         return tasks
 
-    def _update_placement(self) -> bool:
-        """Follow workers that joined or left, if it is time to, and tell whether it was.
-
-        Where a task runs does not change its bits.
-        """
+    def _update_placement(self) -> None:
+        """Follow workers that joined or left; where a task runs does not change its bits."""
         now = time.monotonic()
         if now < self._placed_at + PLACEMENT_SECONDS:
-            return False
+            return
         workers = workers_of(self.client)
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
             self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
@@ -337,7 +335,6 @@ class DaskExecutor(_Base):
             }
             self._summers.leave_all_but(self._contexts)
         self._placed_at = now
-        return True
 
     def _context_on(self, worker: str) -> Future:
         return self.client.submit(
