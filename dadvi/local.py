@@ -41,8 +41,8 @@ changes of the sds."""
 NEGLIGIBLE_NATS = 0.01
 """An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
 
-UNFORESEEN = 10.0
-"""How many times as far as their next change the sds may be from their optimum."""
+COUPLED = 0.1
+"""How much nearer a search gets where there are groups: a scale that effects share follows all their sds, slowly."""
 
 CONTRACTION = 0.2
 """A step that leaves more than this fraction of the distance has outgrown its curvature, which is measured anew."""
@@ -310,6 +310,7 @@ def solve(
 
     """
     unit, origin, measured, fresh = seen.curvature.stddev if unit is None else unit, q, q, True
+    enough = SOLVED * tol * (COUPLED if seen.curvature.structure.groups.numel() else 1.0)
     history: list[Iterate] = []
     exact: list[Iterate] = []  # of the history, what was found with the curvature measured there
     for _ in range(SEARCH_STEPS):
@@ -318,10 +319,10 @@ def solve(
         target = seen.target(q)
         length = distance(q, target, seen.curvature.stddev)
         room = radius - distance(origin, q, unit)
-        fraction = min(1.0, room / max(distance(q, target, unit), SOLVED * tol))
+        fraction = min(1.0, room / max(distance(q, target, unit), enough))
         latest = [*history, iterate(q, target, unit)] if fraction == 1 else []
         faster = accelerated_member(q, latest, unit)
-        settled = _left(q, target, faster, seen.curvature.stddev) < SOLVED * tol or room <= SOLVED * tol
+        settled = _left(q, target, faster, seen.curvature.stddev) < enough or room <= enough
         if settled and fresh:
             break
         found = None
@@ -360,12 +361,11 @@ def _left(q: Gaussian, target: Gaussian, faster: Gaussian | None, unit: Tensor) 
     """Return how far the search has yet to go: the distance of means, or the norm of relative changes of sds if more.
 
     Where means and sds depend on one another, as effects of groups and their scale, changes of all effects' sds add up,
-    and plain steps are short long before the end. Acceleration foresees it; without, the changes count `UNFORESEEN`
-    times.
+    and plain steps are short long before the end, which acceleration foresees.
     """
-    changes = [float((each.stddev / q.stddev - 1).norm()) for each in (target, faster) if each is not None]
-    distances = [distance(q, each, unit) for each in (target, faster) if each is not None]
-    return max(*distances, *changes, 0.0 if faster is not None else UNFORESEEN * changes[0])
+    ahead = [each for each in (target, faster) if each is not None]
+    changes = (float((each.stddev / q.stddev - 1).norm()) for each in ahead)
+    return max(*(distance(q, each, unit) for each in ahead), *changes)
 
 
 def _steps(
