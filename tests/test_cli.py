@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -170,8 +171,15 @@ def test_an_interrupted_fit_tells_how_to_go_on(world, tmp_path, signal_number):
         *["fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--serial"],
         *["--method", "advi", "--tol", "1e-9", "--max-passes", "100000"],
     )
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a suite in the background ignores
     with subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
     ) as process:
         assert "passes" in process.stderr.readline()  # the first line: it runs
         process.send_signal(signal_number)
