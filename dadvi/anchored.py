@@ -106,6 +106,7 @@ MOSTLY = 1.5
 """A certificate below this many times its floor is mostly the error of the draws, which no step makes smaller."""
 
 MOST_DRAWS_ADVISED = 10_000
+"""Draws beyond which more are no remedy for what the draws leave unknown."""
 
 MOST_REJECTED = 3
 """Steps rejected in a row after which the last resort takes over."""

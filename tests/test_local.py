@@ -19,7 +19,7 @@ from dadvi.fit import bind_to
 from dadvi.local import NEGLIGIBLE_NATS, SOLVED, Expectations, Noise, Surrogate, Taylor, solve
 from dadvi.passes import Expansion, Gradient, HessianVector, single_thread
 from dadvi.quadratic import Curvature, optimum
-from dadvi.quadrature import Rule, orthogonal
+from dadvi.quadrature import Rule, gauss_hermite, orthogonal
 from dadvi.scales import Scales
 from dadvi.structure import Structure
 from dadvi.subsample import Subsample
@@ -198,6 +198,18 @@ def test_taylor_has_the_averaged_derivatives_of_a_logistic(logistic):
     np.testing.assert_allclose(hessian_at(local, eta[0]), 0.3 * hessians[0] + 0.7 * hessians[3], rtol=1e-10)
     np.testing.assert_allclose(local.log_lik(eta)[0].mean(), np.mean(values), rtol=1e-12)
     assert float(value[0]) > np.mean(values)  # a concave function exceeds its mean at the mean
+
+
+def test_the_error_of_an_expansion_is_that_of_the_gradients_it_was_measured_by(logistic):
+    # At the anchor; what the expansion leaves of them is part of it, as is what it has of them.
+    _, executor = logistic
+    q = Gaussian(MeanField(), {"loc": normal(3, seed=1), "log_scale": torch.full((3,), -0.7).double()})
+    noise = replace(random_noise(3), likelihood=gauss_hermite(8, 3, np.random.default_rng(1)))
+    local, eta = taylor(executor, q, noise), q.transform(noise.likelihood.nodes)
+    told = local.grad_errors(noise.likelihood, local.log_lik(eta)[1])
+    real = noise.likelihood.errors(torch.from_numpy(executor.run(Gradient(eta.numpy())).grad))
+    assert float(real.abs().max()) > 1e-3
+    np.testing.assert_allclose(told, real, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("structure", [Structure.full(3), Structure.diagonal(3)], ids=["full", "diagonal"])
