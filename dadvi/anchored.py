@@ -29,6 +29,7 @@ from dadvi.families import Family, Gaussian, MeanField
 from dadvi.local import (
     NEGLIGIBLE_NATS,
     SOLVED,
+    Bends,
     Expectations,
     LocalModel,
     Noise,
@@ -72,8 +73,15 @@ for each effect of a group in addition."""
 WARM_DISTANCE = 10.0
 """The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
 
+COUPLED = 0.1
+"""How much nearer a search gets, after the warm start, where there are groups: a scale that effects share follows all
+their sds, slowly."""
+
 SLICES = 16
 """Parts of the subsample whose curvatures are compared to estimate their noise."""
+
+SLICES_FOR_SPREAD = 2
+"""Of them, those whose curvatures are averaged over q as well, to compare: with the same rows this tells enough."""
 
 POORLY_SEEN = 0.02
 """Relative noise of an sd whose curvature is measured on the subsample above which the curvature is that of all the
@@ -243,10 +251,9 @@ class _Start:
 
     q: Gaussian
     unit: Tensor  # posterior sds given the subsample alone (D,)
-    noise: Noise
+    noise: Noise  # the draws of the run
     scales: Scales | None  # of an expansion with the curvature of all the data; None for a surrogate
     sd_noise: float  # relative error of an sd by that curvature, where a subsample tells it
-    precision: Tensor  # diagonal of the curvature there (D,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +261,6 @@ class _State:
     """Where a run stands after a pass."""
 
     start: _Start
-    noise: Noise  # the draws in use
     here: _Visit
     visits: int
     rows_read: int
@@ -293,6 +299,7 @@ class _Rounds:
         self._started = time.perf_counter()
         self._curvature_from, self._num_draws = settings.curvature, settings.num_draws
         self._load(settings.subsample_rows)
+        self._near = tol * (COUPLED if self.structure.groups.numel() else 1.0)  # of searches
         self._known = {"subsample": self.subsample, "structure": self.structure, "family": family}
 
     def _load(self, subsample_rows: int | None) -> None:
@@ -309,7 +316,7 @@ class _Rounds:
                 f"the model has {dim} coordinates, {what}: the limit is {DENSE_LIMIT}, not counting the effects of "
                 "groups that a mean-field family has; use method=ADVI(control_variate='anchor')"
             )
-        self.structure = structure
+        self.structure: Structure = structure
         if subsample_rows is None:
             num_dense = len(structure.dense)
             enough = max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * num_dense)
@@ -326,7 +333,9 @@ class _Rounds:
         """Return the state of the journal's last checkpoint, or else that after the warm start and a first pass."""
         last = self._journal.last()
         if last is None:
-            return self._first(self._warm_start())
+            start, bends = self._warm_start()
+            here = self._visit(start, start.q, 1, bends)
+            return _State(start, here, visits=1, rows_read=self.executor.rows_read)
         state: _State = unpack(last.state, STATE, self._known)
         self.executor.rows_read = state.rows_read
         if last.trace:
@@ -343,8 +352,8 @@ class _Rounds:
 
     # The warm start --------------------------------------------------------------------------------------------------
 
-    def _warm_start(self) -> _Start:
-        """Fit the subsample, and narrow the result to what all the data will say."""
+    def _warm_start(self) -> tuple[_Start, Bends | None]:
+        """Fit the subsample, and narrow the result to what all the data will say; with second derivatives if known."""
         draws = partial(fixed_draws, self._num_draws, num_rows=self.subsample.num_rows)
         noise = draws(self.family.noise_dim(self.prior.dim), rng=random_stream(self.seed, Purpose.DRAWS))
         warm_noise = draws(self.prior.dim, rng=random_stream(self.seed, Purpose.DRAWS, 1))
@@ -359,18 +368,44 @@ class _Rounds:
         work = HessianVector(at.nodes.numpy(), self.structure.tangents())
         seen = self.subsample.for_curvature.sliced(SLICES)
         parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in seen.each(work)]
-        factor = self.executor.data.manifest.num_chunks / len(self.subsample.for_curvature.batches)
-        of_prior = prior_hessian(self.prior, at, self.structure)
-        curvature = Curvature.of(-(sum(parts[1:], parts[0]) * factor + of_prior))
+        factor = self.factor * self.subsample.num_rows / seen.num_rows
+        bend = sum(parts[1:], parts[0]) * factor
+        curvature = Curvature.of(-(bend + prior_hessian(self.prior, at, self.structure)))
         q = optimum(self.family, warm.loc, curvature)
-        scales, sd_noise = None, 0.5 * _precision_noise(parts, factor, curvature)
+        scales, sd_noise, bends = None, 0.5 * _precision_noise(parts, factor, curvature), None
         poorly_seen = self._curvature_from == "auto" and sd_noise > min(POORLY_SEEN, self.tol / 2)
         if poorly_seen or self._curvature_from == "data":
             scales, sd_noise = find_scales(seen, self.structure, self.seed), 0.0
             noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
+        elif self.factor > 1 and self._is_narrow(q, noise, seen, parts, curvature):
+            mean = Rule.equal(torch.zeros_like(noise.curvature.nodes[:1]))
+            noise, bends = replace(noise, curvature=mean), Bends(curvature, bend)
         if self.factor == 1:
-            q = self._solve(alone, q, noise, self.tol)[0]
-        return _Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise, curvature.precision_diagonal)
+            q = self._solve(alone, q, noise, self._near)[0]
+        return _Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise), bends
+
+    def _is_narrow(
+        self, q: Gaussian, noise: Noise, seen: Subsample, parts: Sequence[Arrowhead], curvature: Curvature
+    ) -> bool:
+        """Return whether what q spreads over has the curvature of its mean, as some slices of S tell.
+
+        Parameters
+        ----------
+        seen
+            The slices.
+        parts
+            The Hessian of each at the mean.
+        curvature
+            That of all the data there.
+
+        """
+        around = q.transform(noise.curvature.nodes)
+        work = HessianVector(around.numpy(), self.structure.tangents(), noise.curvature.weights.numpy())
+        some = replace(seen, batches=dict(list(seen.batches.items())[:SLICES_FOR_SPREAD]))
+        spread = self.structure.arrowhead(torch.from_numpy(some.run(work).products))
+        change = spread.diagonal() - sum(part.diagonal() for part in parts[:SLICES_FOR_SPREAD])
+        factor = self.factor * self.subsample.num_rows / some.num_rows
+        return float((factor * change / curvature.precision_diagonal).abs().max()) < NARROW
 
     def _draws_for_expansion(
         self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float
@@ -396,25 +431,14 @@ class _Rounds:
     def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
         return solve(self.prior, local, q, noise.expectations(self.prior, local, q), noise, tol)
 
-    def _first(self, start: _Start) -> _State:
-        """Visit the warm start, and choose the draws for curvatures by what is found there."""
-        noise = start.noise
-        here = self._visit(start, noise, start.q, 1)
-        if start.scales is None and self.factor > 1:
-            change = here.seen.curvature.precision_diagonal / start.precision - 1
-            if float(change.abs().max()) < NARROW:  # what q spreads over has the curvature of its mean
-                noise = replace(noise, curvature=Rule.equal(torch.zeros_like(noise.curvature.nodes[:1])))
-        return _State(start, noise, here, visits=1, rows_read=self.executor.rows_read)
-
     # Rounds ----------------------------------------------------------------------------------------------------------
 
     def _visit(
         self,
         start: _Start,
-        noise: Noise,
         q: Gaussian,
         number: int,
-        seen: Expectations | None = None,
+        seen: Bends | None = None,
         length: float = math.nan,
     ) -> _Visit:
         """Measure the local model at q by one pass over the data.
@@ -424,13 +448,13 @@ class _Rounds:
         number
             Of the visit, counted from 1.
         seen
-            What q saw of the surrogate, where it is known: the next one has the same curvature, for they differ by a
-            linear function.
+            Second derivatives of the surrogate at q, where they are known: those of the next one are the same, for they
+            differ by a linear function.
         length
             Of the step that led to q.
 
         """
-        check, label = number == 1, f"round {number}"
+        check, label, noise = number == 1, f"round {number}", start.noise
         local: LocalModel
         if start.scales is not None:
             local, seen = Taylor.measured(self.executor, q, noise, start.scales, check=check, label=label), None
@@ -449,7 +473,7 @@ class _Rounds:
         here, unit = state.here, state.start.unit
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
         for radius in (math.inf, state.radius) if state.radius == FARTHEST else (state.radius,):
-            q, seen = solve(self.prior, here.local, here.q, here.seen, state.noise, self.tol, radius, unit)
+            q, seen = solve(self.prior, here.local, here.q, here.seen, state.start.noise, self._near, radius, unit)
             if distance(here.q, q, unit) <= state.radius:
                 break
         far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > state.radius / 2
@@ -470,7 +494,7 @@ class _Rounds:
 
     def unknown(self, state: _State) -> str | None:
         """Return in words what no step can tell, where that is more than the tolerance; None if a step can."""
-        certificate, num_draws = state.certificate, len(state.noise.likelihood.nodes)
+        certificate, num_draws = state.certificate, len(state.start.noise.likelihood.nodes)
         if certificate is None:
             return None
         if certificate.max <= self.tol < state.start.sd_noise:
@@ -499,11 +523,11 @@ class _Rounds:
             return self._descend(state)
         length, visits = distance(here.q, aim.q, unit), state.visits + 1
         of_step = distance(here.q, aim.q, here.seen.curvature.stddev)
-        there = self._visit(state.start, state.noise, aim.q, visits, aim.seen, of_step)
+        there = self._visit(state.start, aim.q, visits, aim.seen, of_step)
         state = replace(state, visits=visits, rows_read=self.executor.rows_read)
         # Where E_q[∇ log π] = 0, the ELBO at these draws is not quite the largest; coordinates add up at random.
         slack = NEGLIGIBLE_NATS * math.sqrt(self.prior.dim) + ELBO_NOISE * abs(here.seen.elbo)
-        gain = state.noise.gain(here.seen, there.seen, there.q)
+        gain = state.start.noise.gain(here.seen, there.seen, there.q)
         if gain >= -slack:  # False for nan
             radius = _adapted(state.radius, gain, aim.gain, length)
             return replace(
@@ -529,14 +553,12 @@ class _Rounds:
 
         evaluations = min(DESCENT_PASSES, passes_left - 1)
         curvature, enough = here.seen.curvature, SOLVED * self.tol
-        q = descend(self.executor, here.q, curvature, state.noise, enough, evaluations, record, state.evaluations)
+        q = descend(self.executor, here.q, curvature, state.start.noise, enough, evaluations, record, state.evaluations)
         if q is None:
             return None
         visits, length = state.visits + 1, distance(here.q, q, curvature.stddev)
-        there = self._visit(state.start, state.noise, q, visits, length=length)
-        return _State(
-            state.start, state.noise, there, visits=visits, rows_read=self.executor.rows_read, trace=state.trace
-        )
+        there = self._visit(state.start, q, visits, length=length)
+        return _State(state.start, there, visits=visits, rows_read=self.executor.rows_read, trace=state.trace)
 
     # What is told ----------------------------------------------------------------------------------------------------
 
@@ -578,7 +600,7 @@ class _Rounds:
     def second_look(self, state: _State) -> str:
         """Return in words which row made the log-likelihood infinite or nan, at q's mean (draw 0) or its draws."""
         q = state.here.q
-        return first_nonfinite(self.executor, torch.cat([q.loc[None], q.transform(state.noise.likelihood.nodes)]))
+        return first_nonfinite(self.executor, torch.cat([q.loc[None], q.transform(state.start.noise.likelihood.nodes)]))
 
     def fitted(self, state: _State, status: Status, reason: str) -> Fitted:
         """Return the result."""

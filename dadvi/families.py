@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from dadvi.errors import InputError
-from dadvi.passes import weighted
+from dadvi.likelihood import weighted
 from dadvi.structure import Root, Structure
 
 Params: TypeAlias = Mapping[str, Tensor]

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
+from dadvi.binding import CHECK_ROWS, bind_to, end_chunks
 from dadvi.checkpoint import RunDirectory, seconds_between
 from dadvi.errors import DataError, InputError, ModelError
 from dadvi.executors import ClientLike, make_executor, versions
 from dadvi.families import Family, MeanField, check_known, family_from, make_family
 from dadvi.fingerprint import fingerprint, model_parts
-from dadvi.likelihood import CHECK_ROWS, BoundModel, bind_to, end_chunks
+from dadvi.likelihood import BoundModel
 from dadvi.memory import Budget, Need
 from dadvi.model import Model
 from dadvi.passes import Gradient

@@ -41,9 +41,6 @@ changes of the sds."""
 NEGLIGIBLE_NATS = 0.01
 """An ELBO may fall by this much: at a finite number of draws its maximum is not quite where E_q[∇ log π] = 0."""
 
-COUPLED = 0.1
-"""How much nearer a search gets where there are groups: a scale that effects share follows all their sds, slowly."""
-
 CONTRACTION = 0.2
 """A step that leaves more than this fraction of the distance has outgrown its curvature, which is measured anew."""
 
@@ -112,7 +109,7 @@ class Surrogate:
         """Return Σ_k w_k ∇²ℓ(η_k), to which the tilt adds nothing, by the part of S that is for curvatures."""
         part = self.subsample.for_curvature
         sums = part.run(HessianVector(eta.numpy(), self.structure.tangents(), weights.numpy()))
-        scale = self.factor * len(self.subsample.batches) / len(part.batches)
+        scale = self.factor * self.subsample.num_rows / part.num_rows
         return self.structure.arrowhead(torch.from_numpy(sums.products)) * scale
 
     def grad_errors(self, rule: Rule, grads: Tensor) -> Tensor:
@@ -194,15 +191,21 @@ class Taylor:
 
 
 @dataclass(frozen=True, eq=False)
-class Expectations:
+class Bends:
+    """Second derivatives of log π, as q sees them."""
+
+    curvature: Curvature  # −E_q[∇² log π]
+    bend: Arrowhead  # E_q[∇²ℓ], of the likelihood alone
+
+
+@dataclass(frozen=True, eq=False)
+class Expectations(Bends):
     """What q sees of log π."""
 
     elbo: float
     sampled: float  # the ELBO without its control variate
     grad: Tensor  # E_q[∇ log π] (D,)
     grad_errors: Tensor  # draws of the error of `grad` (NUM_ERRORS, D)
-    curvature: Curvature  # −E_q[∇² log π]
-    bend: Arrowhead  # E_q[∇²ℓ], of the likelihood alone
 
     def target(self, q: Gaussian) -> Gaussian:
         """Return where a full natural-gradient step from q leads: to the optimum, were log π quadratic."""
@@ -222,9 +225,7 @@ class Noise:
     curvature: Rule  # of its Hessian, which costs more
     prior: Rule  # of the prior, which costs no data, and has the skewed scales of a hierarchy
 
-    def expectations(
-        self, prior: Model, local: LocalModel, q: Gaussian, known: "Expectations | None" = None
-    ) -> Expectations:
+    def expectations(self, prior: Model, local: LocalModel, q: Gaussian, known: Bends | None = None) -> Expectations:
         """Return the ELBO of q with the derivatives that a step needs.
 
         The Hessian of the likelihood is a control variate: what a quadratic with it has for an error at these draws is
@@ -233,7 +234,7 @@ class Noise:
         Parameters
         ----------
         known
-            Expectations near q, whose curvature is then taken for that at q.
+            Second derivatives near q, then taken for those at q.
 
         """
         eta, prior_eta = q.transform(self.likelihood.nodes), q.transform(self.prior.nodes).requires_grad_()
@@ -250,7 +251,7 @@ class Noise:
         else:
             bend, curvature = known.bend, known.curvature
         sampled = float(self.likelihood.mean(log_lik) + log_prior.detach() + q.entropy())
-        return Expectations(sampled - self._error(bend, q), sampled, grad, errors, curvature, bend)
+        return Expectations(curvature, bend, sampled - self._error(bend, q), sampled, grad, errors)
 
     @property
     def narrow(self) -> bool:
@@ -310,7 +311,7 @@ def solve(
 
     """
     unit, origin, measured, fresh = seen.curvature.stddev if unit is None else unit, q, q, True
-    enough = SOLVED * tol * (COUPLED if seen.curvature.structure.groups.numel() else 1.0)
+    enough = SOLVED * tol
     history: list[Iterate] = []
     exact: list[Iterate] = []  # of the history, what was found with the curvature measured there
     for _ in range(SEARCH_STEPS):

@@ -5,9 +5,8 @@ one worker, and over shards by a fixed tree, so that the result has the same bit
 shards are worked on. Sums are float64 whatever the dtype of the rows.
 """
 
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -17,14 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dadvi import affine
 from dadvi.errors import InputError
-from dadvi.likelihood import BoundModel
+from dadvi.likelihood import BoundModel, weighted
 from dadvi.stopwatch import Stopwatch
 from dadvi.structure import Structure
 from dadvi.types import Batch, FloatArray
 
 MOST_TANGENTS, BYTES_AT_ONCE = 32, 2**25
 """Tangents of a Hessian taken at once, and bytes that a differentiation may save for them: both bound its memory."""
+
+AFFINE_NUMBERS = 4
+"""Numbers that a product of a Hessian holds for each row and tangent where parameters are affine."""
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 """What a pass yields: a NamedTuple of float64 arrays, summed elementwise."""
@@ -190,13 +193,25 @@ class HessianVector(Pass[HessianSums]):
         (num_points, dim), rows = self.points.shape, len(next(iter(batch.values())))
         weights = np.full(num_points, 1 / num_points) if self.weights is None else self.weights
         tangents = torch.from_numpy(self.tangents)
-        if num_points == 1 and dim <= rows:
+        if model.affine:
+            products = _products_by_parameters(model, batch, torch.from_numpy(self.points), weights, tangents)
+        elif num_points == 1 and dim <= rows:
             products = weights[0] * _products_side_by_side(model, batch, torch.from_numpy(self.points), tangents)
         else:
             eta = torch.tensor(self.points, requires_grad=True)
             log_lik = torch.from_numpy(weights) @ model.log_lik(eta, batch)
             products = hessian_products(log_lik, eta, tangents, model.saved_bytes * num_points * rows)
         return HessianSums(products.numpy())
+
+
+def _products_by_parameters(
+    model: BoundModel, batch: Batch, points: Tensor, weights: FloatArray, tangents: Tensor
+) -> Tensor:
+    """Return Σ_k w_k ∇²ℓ(η_k) v_t (T, D), where the likelihood's parameters are affine in η."""
+    rows = len(next(iter(batch.values())))
+    at_once = max(1, BYTES_AT_ONCE // (AFFINE_NUMBERS * model.dtype.itemsize * rows))
+    parts = tangents.split(at_once)
+    return torch.cat([affine.hessian_products(model, batch, points, torch.from_numpy(weights), part) for part in parts])
 
 
 def _products_side_by_side(model: BoundModel, batch: Batch, point: Tensor, tangents: Tensor) -> Tensor:
@@ -340,16 +355,6 @@ def hessian_products(value: Tensor, eta: Tensor, tangents: Tensor, work: float) 
 def tangents_at_once(saved_bytes: float) -> int:
     """Return how many tangents to take at once where the computation saves so many bytes for a differentiation."""
     return max(1, min(MOST_TANGENTS, int(BYTES_AT_ONCE / max(saved_bytes, 1.0))))
-
-
-def weighted(outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-    """Return Σ ⟨f, g⟩ over outputs f and fixed g of their shapes, whose gradient carries g to what f is computed from.
-
-    `torch.autograd.grad` does the same with `grad_outputs`, but imports SymPy for it: half a second of the first pass,
-    and 33 MiB of every process.
-    """
-    total: Tensor = reduce(operator.add, ((f * g).sum() for f, g in zip(outputs, weights, strict=True)))
-    return total
 
 
 def add(a: Sums, b: Sums) -> Sums:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from distributed.system import MEMORY_LIMIT
 
+from dadvi.binding import bind_to
 from dadvi.families import Family
 from dadvi.fit import Method, choose_method
-from dadvi.likelihood import bind_to
 from dadvi.memory import Budget, Need
 from dadvi.model import Model
 from dadvi.quadratic import tangents_at_most

@@ -16,10 +16,10 @@ import xarray as xr
 import zarr
 from torch import Tensor
 
+from dadvi.binding import bind_to
 from dadvi.errors import DataError, InputError
 from dadvi.executors import ClientLike, Executor, make_executor
 from dadvi.families import Gaussian, MeanField, check_known, family_from
-from dadvi.likelihood import bind_to
 from dadvi.model import Model
 from dadvi.quadratic import Certificate, Curvature
 from dadvi.response import Response, expectations_of, from_curvature

@@ -54,15 +54,28 @@ def find_structure(subsample: Subsample, seed: int) -> Structure | None:
     num_dense = len(structure.dense)
     if num_dense > DENSE_LIMIT or num_dense * dim > LARGEST_CROSS:
         return None
-    return replace(structure, coupled=_coupled(subsample.model.model, structure, rng))
+    return replace(structure, hubs=_hubs(subsample.model.model, structure, rng))
 
 
-def _coupled(model: Model, structure: Structure, rng: np.random.Generator) -> Tensor:
-    """Return which dense coordinates (G,) the prior lets curve with others, near the start."""
+def _hubs(model: Model, structure: Structure, rng: np.random.Generator) -> Tensor:
+    """Return dense coordinates (G,) without which the prior, near the start, would let no dense one curve with others.
+
+    Those that curve with effects of groups, and then one after the other what most of the rest curve with.
+    """
     points = Rule.equal((model.start + 0.3 * torch.from_numpy(rng.standard_normal(model.dim)))[None])
     products = prior_products(model, points, structure.tangents())[: len(structure.dense)]
-    products[torch.arange(len(structure.dense)), structure.dense] = 0
-    return (products != 0).any(1)
+    hubs = (products[:, structure.groups.flatten()] != 0).any(1)
+    coupled = products[:, structure.dense] != 0
+    coupled |= coupled.T.clone()
+    coupled.fill_diagonal_(False)
+    coupled[hubs], coupled[:, hubs] = False, False
+    degrees = coupled.sum(1)
+    while degrees.any():
+        most = int(degrees.argmax())
+        hubs[most], degrees[most] = True, 0
+        degrees -= coupled[most].long()
+        coupled[most], coupled[:, most] = False, False
+    return hubs
 
 
 def columns(site: Site) -> list[Tensor]:

@@ -18,10 +18,14 @@ from scipy import stats
 from torch import Tensor
 
 from dadvi.elbo import draw_noise
+from dadvi.types import FloatArray
 
 NUM_ERRORS = 8
 """Draws of the error of a mean. Of many coordinates the largest error is what counts, and it is not that of the
 coordinate with the largest standard error."""
+
+FEW_DIRECTIONS = 2**12
+"""Directions of signs below which two of a handful would often be the same."""
 
 FEWEST_STRATA, MOST_CUBES = 8, 8
 """Strata, on either side of 0, of each Latin hypercube of a stratified rule, and how many there are at most."""
@@ -36,13 +40,21 @@ class Rule:
     contrasts: Tensor | None = None  # (NUM_ERRORS, K); None where nothing is known of the error
 
     @classmethod
-    def mean_of(cls, parts: Tensor, nodes: Tensor, rng: np.random.Generator) -> "Rule":
-        """Return the mean of independent rules with weights (R, K) at these nodes (K, dim)."""
+    def mean_of(cls, parts: Tensor, nodes: Tensor, rng: np.random.Generator, of: float = math.inf) -> "Rule":
+        """Return the mean of independent rules with weights (R, K) at these nodes (K, dim).
+
+        Parameters
+        ----------
+        of
+            How many rules there are, of which these were drawn, each at most once: their mean varies less for it.
+
+        """
         num_parts, weights = len(parts), parts.mean(0)
         if num_parts == 1:
             return cls(nodes, weights)
         normal = torch.from_numpy(rng.standard_normal((NUM_ERRORS, num_parts)))
-        return cls(nodes, weights, normal @ (parts - weights) / math.sqrt(num_parts * (num_parts - 1)))
+        scale = math.sqrt((1 - num_parts / of) / (num_parts * (num_parts - 1)))
+        return cls(nodes, weights, scale * (normal @ (parts - weights)))
 
     def mean(self, values: Tensor) -> Tensor:
         """Return Σ_k w_k f_k of values (K, ...)."""
@@ -93,14 +105,22 @@ def gauss_hermite(num_draws: int, dim: int, rng: np.random.Generator, num_points
     """
     line, weights = np.polynomial.hermite_e.hermegauss(num_points)
     out, of_out = (torch.from_numpy(each[num_points // 2 + 1 :]) for each in (line, weights / weights.sum()))
-    num_signs = max(1, num_draws // (2 * len(out)))
-    signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=(num_signs, dim)))
+    num_signs, known = max(1, num_draws // (2 * len(out))), 2 ** min(dim - 1, 62)  # directions but for their sign
+    few = num_signs <= known <= FEW_DIRECTIONS
+    signs = torch.from_numpy(_other_signs(num_signs, dim, rng) if few else rng.choice([-1.0, 1.0], (num_signs, dim)))
     pairs = (out[:, None, None] * signs).flatten(0, 1)  # the signs of the first point, then of the next
     nodes = torch.cat([torch.zeros(1, dim, dtype=torch.float64), pairs, -pairs])
     alone = torch.eye(num_signs, dtype=torch.float64)
     of_pairs = torch.cat([weight * alone for weight in of_out], dim=1)  # of each direction by itself
     center = torch.full((num_signs, 1), weights[num_points // 2] / weights.sum(), dtype=torch.float64)
-    return Rule.mean_of(torch.cat([center, of_pairs, of_pairs], dim=1), nodes, rng)
+    parts = torch.cat([center, of_pairs, of_pairs], dim=1)
+    return Rule.mean_of(parts, nodes, rng, known if few else math.inf)
+
+
+def _other_signs(number: int, dim: int, rng: np.random.Generator) -> FloatArray:
+    """Return random signs (number, dim), no two the same but for the sign: their difference would tell of no error."""
+    codes = rng.choice(2 ** (dim - 1), size=number, replace=False)
+    return np.where(codes[:, None] >> np.arange(dim) & 1, -1.0, 1.0)
 
 
 def stratified(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:

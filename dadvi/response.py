@@ -87,7 +87,7 @@ class Response:
             structure.dense,
             torch.cat([structure.groups, dim + structure.groups], 1),
             structure.signs,
-            structure.coupled,
+            structure.hubs,
         )
         of_means, of_scales = structure.tangents(), structure.probes()
         tangents = np.zeros((len(of_means) + len(of_scales), 2 * dim))

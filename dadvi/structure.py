@@ -30,7 +30,7 @@ class Structure:
     dense: Tensor  # (G,) int64, increasing
     groups: Tensor  # (J, C) int64
     signs: Tensor  # ±1 (J,) of the probes
-    coupled: Tensor  # (G,) bool: which dense coordinates the prior alone lets curve with others, such as scales
+    hubs: Tensor  # (G,) bool: dense coordinates, such as scales, without which the prior would couple no dense one
 
     @classmethod
     def full(cls, dim: int) -> "Structure":
@@ -92,20 +92,23 @@ class Structure:
     def prior_tangents(self) -> FloatArray:
         """Return the tangents whose products tell the prior's Hessian.
 
-        They are fewer: one probe does for all the dense coordinates that curve by themselves, such as most slopes.
+        They are fewer: one probe does for all the dense coordinates that curve with hubs at most, such as slopes, or
+        effects and not their scale (star colouring: Coleman & Moré 1984).
         """
-        units = self.tangents()[: len(self.dense)]
-        alone = units[~self.coupled.numpy()].sum(0, keepdims=True)
-        return np.concatenate([units[self.coupled.numpy()], alone, self.probes()])
+        units, hubs = self.tangents()[: len(self.dense)], self.hubs.numpy()
+        return np.concatenate([units[hubs], units[~hubs].sum(0, keepdims=True), self.probes()])
 
     def prior_arrowhead(self, products: Tensor) -> "Arrowhead":
         """Return the prior's Hessian from its products with `prior_tangents`."""
-        num_coupled = int(self.coupled.sum())
-        of_coupled, of_alone, of_probes = products.split([num_coupled, 1, self.groups.shape[1]])
+        of_hubs, of_others, of_probes = products.split([int(self.hubs.sum()), 1, self.groups.shape[1]])
+        hubs, others = self.dense[self.hubs], self.dense[~self.hubs]
         of_dense = products.new_zeros(len(self.dense), self.dim)
-        of_dense[self.coupled] = of_coupled
-        alone = self.dense[~self.coupled]
-        of_dense[~self.coupled, alone] = of_alone[0, alone]
+        of_dense[self.hubs] = of_hubs
+        # What an other has in common with a hub is known from the hub.
+        with_hubs = products.new_zeros(len(others), self.dim)
+        with_hubs[:, hubs] = of_hubs[:, others].T
+        with_hubs[torch.arange(len(others)), others] = of_others[0, others]
+        of_dense[~self.hubs] = with_hubs
         return self.arrowhead(torch.cat([of_dense, of_probes]))
 
     def from_matrix(self, matrix: Tensor) -> "Arrowhead":

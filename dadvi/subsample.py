@@ -36,7 +36,9 @@ WARM_START_DRAWS, WARM_START_NUMBERS = 16, 2**18
 """Draws of the warm start: fewer in many dimensions, where together they have about `WARM_START_NUMBERS` numbers."""
 
 WARM_START_ROUNDS = 8
-ROUND_ITERATIONS = 50
+ROUND_ITERATIONS, ROUND_SETTLED = 50, 1e-6
+"""Iterations of a round at most, and the relative change of the ELBO in one that ends it: the next sees better."""
+
 LARGEST_CHANGE = 2.0
 """Change of a log sd in one round at most: a line search that overshoots would collapse the Gaussian to a point."""
 
@@ -69,7 +71,7 @@ class Subsample:
 
     model: BoundModel  # with float64 arithmetic: in float32 a solve stalls tenths of an sd away
     batches: Mapping[int, Batch]  # by chunk, in increasing order
-    curvature_rows: float = math.inf  # as many of its rows at least, in whole chunks, are for measuring curvatures
+    curvature_rows: float = math.inf  # as many of its rows, or a few more, are for measuring curvatures
 
     @classmethod
     def load(cls, model: BoundModel, data: ShardedDataset, chunks: Sequence[int]) -> "Subsample":
@@ -90,7 +92,9 @@ class Subsample:
     @property
     def for_curvature(self) -> "Subsample":
         """The part of S on which curvatures are measured: they cost more than gradients, and steer the search only."""
-        return self.part(self.curvature_rows)
+        if self.curvature_rows >= self.num_rows:
+            return self
+        return self.top(math.ceil(self.curvature_rows / len(self.batches)))
 
     @property
     def num_rows(self) -> int:
@@ -213,7 +217,7 @@ def _improve(
         x,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": ROUND_ITERATIONS, "maxcor": 30, "ftol": 1e-9},
+        options={"maxiter": ROUND_ITERATIONS, "maxcor": 30, "ftol": ROUND_SETTLED},
     )
     if not (np.isfinite(solution.x).all() and np.isfinite(solution.fun)):
         return whitening.member(theta_at(x)), -negative_elbo(x)[0]

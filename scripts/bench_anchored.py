@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.errors import InputError
 from dadvi.executors import Executor, make_executor
 from dadvi.families import make_family
-from dadvi.fit import bind_to
 from dadvi.likelihood import BoundModel
 from dadvi.passes import Pass
 from dadvi.posterior import Fitted, TraceRow

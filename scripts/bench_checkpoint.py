@@ -23,9 +23,10 @@ from rich.console import Console
 from torch.distributions import Bernoulli, Normal
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.checkpoint import Checkpoint, RunDirectory
 from dadvi.executors import SerialExecutor
-from dadvi.likelihood import BoundModel, bind_to
+from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Gradient
 from dadvi.sharding import mapped

@@ -26,8 +26,8 @@ from by_hand import ByHand, Groups, Logistic, Network, Student
 from turns import Row, Seconds, Way, medians, parser, ratio, take_turns, tell
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.executors import DaskExecutor, SerialExecutor, start_local
-from dadvi.fit import bind_to
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Gradient, GradientSums, single_thread

@@ -28,8 +28,8 @@ from torch.distributions import Bernoulli, Normal
 from turns import Row, medians, parser, ratio, tell, timed
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.executors import DaskExecutor, Executor, SerialExecutor, start_local
-from dadvi.fit import bind_to
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Gradient, GradientSums, Pass, Summation

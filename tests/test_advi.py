@@ -13,10 +13,10 @@ import torch
 from torch.distributions import Normal
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
 from dadvi.families import FullRank, MeanField
-from dadvi.fit import bind_to
 from dadvi.optim import PolynomialAveraging, TailAveraging
 from dadvi.posterior import TraceRow
 

@@ -20,6 +20,8 @@ ORDER = [
     "transforms",
     "model",
     "likelihood",
+    "affine",
+    "binding",
     "structure",
     "passes",
     "summing",

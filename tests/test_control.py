@@ -12,11 +12,11 @@ from torch.distributions import Normal
 
 import dadvi
 from dadvi.advi import _Stretch
+from dadvi.binding import bind_to
 from dadvi.control import Anchor, Control, Mixing
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
 from dadvi.families import FullRank
-from dadvi.fit import bind_to
 from dadvi.passes import Gradient
 from dadvi.sharding import sampling
 

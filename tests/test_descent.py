@@ -10,10 +10,10 @@ import torch
 from torch.distributions import Bernoulli, Normal
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.descent import descend
 from dadvi.executors import SerialExecutor
 from dadvi.families import Gaussian, MeanField
-from dadvi.fit import bind_to
 from dadvi.local import Noise
 from dadvi.passes import single_thread
 from dadvi.quadratic import Curvature

@@ -11,10 +11,10 @@ from scipy import stats
 from torch.distributions import Bernoulli, HalfNormal, Independent, MultivariateNormal, Normal, kl_divergence
 
 import dadvi
+from dadvi.binding import bind
 from dadvi.elbo import draw_noise, estimate, log_joint
 from dadvi.errors import InputError
 from dadvi.families import FullRank, LowRank, MeanField
-from dadvi.likelihood import bind
 
 FAMILIES = [MeanField(), FullRank(), LowRank(rank=2)]
 ESTIMATORS = ["closed_form", "stl", "monte_carlo"]

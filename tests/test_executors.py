@@ -17,9 +17,9 @@ from zarr.storage import MemoryStore
 
 import dadvi
 from dadvi import executors, summing
+from dadvi.binding import bind_to
 from dadvi.errors import ClusterError, DataError, InputError, ModelError, WorkError
 from dadvi.executors import DaskExecutor, SerialExecutor, check_workers, connect, make_executor, versions
-from dadvi.fit import bind_to
 from dadvi.passes import Gradient, HessianVector, LogLik, Pass
 from dadvi.sharding import open_shards, write_shards
 

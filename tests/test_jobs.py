@@ -15,9 +15,9 @@ from command import FIELDS, MODEL, dadvi, dadvi_process, environment, unchanged,
 
 import dadvi as package
 from dadvi.anchored import TAYLOR_DRAWS
+from dadvi.binding import bind_to
 from dadvi.executors import DaskExecutor
 from dadvi.families import MeanField
-from dadvi.likelihood import bind_to
 from dadvi.passes import Gradient
 from dadvi.plan import PROCESS_BYTES, make_plan
 

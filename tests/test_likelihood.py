@@ -29,8 +29,8 @@ from torch.distributions import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dadvi
+from dadvi.binding import bind
 from dadvi.errors import DataError, ModelError
-from dadvi.likelihood import bind
 
 ROWS = 30
 RNG = np.random.default_rng(0)

@@ -6,9 +6,9 @@ import torch
 from torch.distributions import Bernoulli, Normal
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
-from dadvi.fit import bind_to
 from dadvi.memory import Need, parse_budget, working_bytes
 from dadvi.passes import Gradient
 from dadvi.sharding import write_shards

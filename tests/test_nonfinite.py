@@ -6,8 +6,8 @@ import torch
 from torch.distributions import Normal
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.executors import SerialExecutor
-from dadvi.likelihood import bind_to
 from dadvi.nonfinite import first_nonfinite
 
 

@@ -13,9 +13,9 @@ from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
 from dadvi import summing
+from dadvi.binding import bind_to
 from dadvi.errors import DataError, InputError, ModelError
 from dadvi.executors import SerialExecutor
-from dadvi.fit import bind_to
 from dadvi.passes import Gradient, GradientSums, HessianVector, LogLik, add, scale, tree_sum
 from dadvi.sharding import sampling
 
@@ -336,7 +336,7 @@ def test_a_gradient_does_without_what_torch_imports_for_symbolic_shapes():
     program = """
 import sys, torch, zarr, dadvi
 from torch.distributions import Bernoulli, Normal
-from dadvi.likelihood import bind_to
+from dadvi.binding import bind_to
 from dadvi.passes import Gradient, HessianVector
 fields = {"x": torch.ones(50, 2).numpy(), "y": torch.ones(50).numpy()}
 model = dadvi.Model({"b": Normal(torch.zeros(2), 1.0)}, lambda b, x: Bernoulli(logits=x @ b), observed="y")

@@ -9,9 +9,9 @@ from torch.distributions import Bernoulli, HalfNormal, InverseGamma, Normal
 
 import dadvi
 from dadvi import quadratic
+from dadvi.binding import bind_to
 from dadvi.executors import SerialExecutor
 from dadvi.families import FullRank, Gaussian, LowRank, MeanField
-from dadvi.fit import bind_to
 from dadvi.quadratic import (
     Certificate,
     Curvature,

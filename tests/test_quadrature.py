@@ -82,6 +82,13 @@ def test_a_rule_has_a_direction_at_least():
     assert len(gauss_hermite(1, DIM, np.random.default_rng(0), 5).nodes) == 5
 
 
+@pytest.mark.parametrize("dim", [2, 3, 5, 20])
+def test_no_two_directions_are_the_same_but_for_their_sign(dim):
+    for seed in range(20):
+        nodes = gauss_hermite(2 * (dim - 1), dim, np.random.default_rng(seed)).nodes[1:dim]  # K/2 < dim directions
+        assert len({tuple((node / node[0]).tolist()) for node in nodes}) == dim - 1
+
+
 @pytest.mark.parametrize("num_points", [3, 5])
 def test_products_of_coordinates_average_out_over_the_signs(num_points):
     # E[ε_i ε_j] is ±1 of one direction, and falls like 1/√directions: mean of `num_signs` random signs.

@@ -11,9 +11,9 @@ from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
 from dadvi import response
+from dadvi.binding import bind_to
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
-from dadvi.likelihood import bind_to
 from dadvi.passes import expected_hessian
 from dadvi.probing import find_structure
 from dadvi.response import Response
@@ -191,7 +191,7 @@ def test_without_groups_sds_the_schur_complement_is_that_of_the_dense_matrix(wri
         keep[block : block + 2 * half, block : block + 2 * half] = True
     matrix = torch.where(keep, matrix, torch.zeros(()).double())
     members = torch.arange(num_dense, width).reshape(num_groups, 2 * half)
-    joint = dadvi.structure.Structure(torch.arange(num_dense), members, structure.signs, structure.coupled)
+    joint = dadvi.structure.Structure(torch.arange(num_dense), members, structure.signs, structure.hubs)
     found = response._without_scales(joint.from_matrix(matrix), structure)
     means = [*range(num_dense), *(int(m) for m in members[:, :half].flatten())]
     expected = torch.linalg.inv(torch.linalg.inv(matrix)[means][:, means])

@@ -6,9 +6,9 @@ import torch
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.executors import SerialExecutor
 from dadvi.families import Gaussian, MeanField
-from dadvi.fit import bind_to
 from dadvi.local import Noise, Taylor
 from dadvi.passes import single_thread
 from dadvi.probing import find_structure

@@ -73,7 +73,7 @@ def test_every_coordinate_has_one_place(structure):
     places = torch.cat([structure.dense, structure.groups.flatten()])
     assert sorted(places.tolist()) == list(range(structure.dim))
     assert structure.dense.tolist() == sorted(structure.dense.tolist())
-    assert structure.coupled.shape == structure.dense.shape
+    assert structure.hubs.shape == structure.dense.shape
     assert structure.num_tangents == len(structure.dense) + structure.groups.shape[1] == len(structure.tangents())
     assert (structure.signs.abs() == 1).all()
 
@@ -126,20 +126,23 @@ def test_what_a_structure_neglects_averages_out_over_signs():
     torch.testing.assert_close(found.std(0), error, rtol=0.2, atol=0)  # and the probes do err
 
 
-@pytest.mark.parametrize("coupled", [[False] * 4, [True, False, False, True], [True] * 4], ids=str)
-def test_fewer_products_tell_a_priors_matrix(coupled):
+@pytest.mark.parametrize("hubs", [[False] * 4, [True, False, False, True], [True] * 4], ids=str)
+def test_fewer_products_tell_a_priors_matrix(hubs):
     structure = structure_of((5, 2, 4))
     matrix = matrix_of(structure)
-    coupled = torch.tensor(coupled)
-    alone = structure.dense[~coupled]
-    matrix[alone], matrix[:, alone] = 0.0, 0.0  # these curve by themselves
-    matrix[alone, alone] = torch.arange(1.0, len(alone) + 1).double()
-    structure = Structure(structure.dense, structure.groups, structure.signs, coupled)
+    hubs = torch.tensor(hubs)
+    others = structure.dense[~hubs]
+    apart = torch.ones(structure.dim, dtype=torch.bool)
+    apart[structure.dense[hubs]] = False
+    for other in others:  # these curve with hubs, and by themselves
+        matrix[other, apart], matrix[apart, other] = 0.0, 0.0
+    matrix[others, others] = torch.arange(1.0, len(others) + 1).double()
+    structure = Structure(structure.dense, structure.groups, structure.signs, hubs)
     tangents = structure.prior_tangents()
-    assert len(tangents) == int(coupled.sum()) + 1 + 2
+    assert len(tangents) == int(hubs.sum()) + 1 + 2
     found = structure.prior_arrowhead(torch.from_numpy(tangents) @ matrix).matrix()
     assert_same(scaled(found, matrix), scaled(matrix, matrix), rtol=1e-9)
-    torch.testing.assert_close(found[alone], matrix[alone], rtol=0, atol=0)
+    torch.testing.assert_close(found[others], matrix[others], rtol=0, atol=0)
 
 
 # Operations --------------------------------------------------------------------------------------------------------

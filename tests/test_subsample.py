@@ -10,8 +10,8 @@ import zarr
 from torch.distributions import HalfNormal, Normal, Poisson, constraints
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.errors import DataError, ModelError, ShuffleWarning
-from dadvi.fit import bind_to
 from dadvi.passes import LogLik
 from dadvi.structure import Structure
 from dadvi.subsample import Subsample

@@ -7,7 +7,7 @@ import pytest
 import targets
 import torch
 
-from dadvi.fit import bind_to
+from dadvi.binding import bind_to
 from dadvi.sharding import write_shards
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(24)

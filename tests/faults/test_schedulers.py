@@ -14,9 +14,9 @@ from clusters import free_port, scheduler_process, worker
 from command import assert_same_bits, command, dadvi, environment, write_data
 from distributed import Client
 
+from dadvi.binding import bind_to
 from dadvi.errors import WorkError
 from dadvi.executors import DaskExecutor
-from dadvi.likelihood import bind_to
 from dadvi.passes import Gradient
 
 INTERNAL, STOPPED = 1, 3

@@ -13,9 +13,9 @@ from clusters import local_client
 from interrupted import CASES, told
 
 import dadvi
+from dadvi.binding import bind_to
 from dadvi.errors import ModelError, WorkError
 from dadvi.executors import DaskExecutor
-from dadvi.likelihood import bind_to
 from dadvi.passes import Gradient, Pass
 
 

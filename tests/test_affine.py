@@ -1,0 +1,138 @@
+"""Hessians by parameters that are affine in η: those of automatic differentiation, and only where they are."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Gamma,
+    Gumbel,
+    HalfNormal,
+    Laplace,
+    MixtureSameFamily,
+    Normal,
+    Poisson,
+    StudentT,
+)
+
+import dadvi
+from dadvi import passes
+from dadvi.binding import bind_to
+from dadvi.passes import HessianVector
+
+ROWS, SLOPES, GROUPS = 60, 3, 4
+
+SLOPE = {"b": Normal(torch.zeros(SLOPES), 1.0)}
+EFFECTS = {**SLOPE, "u": Normal(torch.zeros(GROUPS), 1.0)}
+
+AFFINE = {
+    "logits": (SLOPE, lambda b, x: Bernoulli(logits=x @ b), "yes"),
+    "offset": (SLOPE, lambda b, x, t: Normal(5 * t + x @ b, 0.5), "t"),
+    "of many trials": (SLOPE, lambda b, x: Binomial(3, logits=x @ b), "count"),
+    "robust": (SLOPE, lambda b, x: StudentT(4.0, x @ b, 0.7), "t"),
+    "effects": (EFFECTS, lambda b, u, x, g: Bernoulli(logits=x @ b + u[g]), "yes"),
+    "effects and their scale": (
+        {"tau": HalfNormal(1.0), "u": lambda tau: Normal(torch.zeros(GROUPS), tau)},
+        lambda u, g: Bernoulli(logits=u[g]),
+        "yes",
+    ),
+    "one for all rows": ({"a": Normal(0.0, 1.0)}, lambda a: Bernoulli(logits=a), "yes"),
+    "two, one of them the same in all rows": (
+        {**SLOPE, "c": Normal(0.0, 0.1)},
+        lambda b, c, x: Gumbel(x @ b, 3 + c),
+        "t",
+    ),
+    "two of every row": ({**SLOPE, "c": Normal(0.0, 0.1)}, lambda b, c, x, t: Gumbel(x @ b, 9 + c * t), "t"),
+    "density without curvature": (SLOPE, lambda b, x: Laplace(x @ b, 1.0), "t"),
+}
+BENT = {
+    "rate": (SLOPE, lambda b, x: Poisson((x @ b).exp()), "count"),
+    "scale": ({**SLOPE, "s": HalfNormal(1.0)}, lambda b, s, x: Normal(x @ b, s), "t"),
+    "product": ({**SLOPE, "c": Normal(0.0, 1.0)}, lambda b, c, x: Bernoulli(logits=c * (x @ b)), "yes"),
+    "ramp": (SLOPE, lambda b, x: Normal(torch.relu(x @ b), 1.0), "t"),
+    "larger of two": (SLOPE, lambda b, x: Normal(torch.maximum(x[:, 0] * b[0], x @ b), 1.0), "t"),
+    "positive": ({"a": Gamma(2.0, 2.0)}, lambda a: Normal(a, 1.0), "t"),
+    "classes": (SLOPE, lambda b, x: Categorical(logits=x[:, :2] * b[:2]), "yes"),
+    "mixture": (
+        SLOPE,
+        lambda b, x: MixtureSameFamily(
+            Categorical(logits=torch.zeros(len(x), 2)), Normal(torch.stack([x @ b, x[:, 0] * b[0]], 1), 1.0)
+        ),
+        "t",
+    ),
+}
+
+
+@pytest.fixture
+def bound(write):
+    def bind(prior, likelihood, observed, dtype=np.float64, weight=None):
+        rng = np.random.default_rng(0)
+        fields = {
+            "x": rng.standard_normal((ROWS, SLOPES)).astype(dtype),
+            "t": rng.standard_normal(ROWS).astype(dtype),
+            "g": rng.integers(GROUPS, size=ROWS),
+            "yes": rng.random(ROWS) < 0.4,
+            "count": rng.integers(3, size=ROWS),
+            "w": rng.random(ROWS).astype(dtype),
+        }
+        data = write(fields, chunk_rows=ROWS)
+        return bind_to(dadvi.Model(prior, likelihood, observed, weight=weight), data), data.read(0)
+
+    return bind
+
+
+def work(dim, num_points):
+    rng = np.random.default_rng(num_points)
+    weights = rng.random(num_points)
+    return HessianVector(0.3 * rng.standard_normal((num_points, dim)), rng.standard_normal((5, dim)), weights)
+
+
+def products(model, batch, of):
+    """Return the products by torch's Hessian of the log-likelihood, in float64."""
+    exact = replace(model, dtype=torch.float64, strategy="loop")
+    hessian = sum(
+        weight * torch.autograd.functional.hessian(lambda eta: exact.log_lik(eta[None], batch)[0], torch.from_numpy(at))
+        for at, weight in zip(of.points, of.weights, strict=True)
+    )
+    return (torch.from_numpy(of.tangents) @ hessian).numpy()
+
+
+@pytest.mark.parametrize("num_points", [1, 3])
+@pytest.mark.parametrize("weight", [None, "w"])
+@pytest.mark.parametrize("case", AFFINE)
+def test_products_are_those_of_the_hessian(bound, case, weight, num_points):
+    model, batch = bound(*AFFINE[case], weight=weight)
+    assert model.affine
+    of = work(model.model.dim, num_points)
+    np.testing.assert_allclose(of.on_chunk(model, batch).products, products(model, batch, of), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", AFFINE)
+def test_products_of_float32_rows(bound, case):
+    model, batch = bound(*AFFINE[case], dtype=np.float32)
+    assert model.affine
+    of = work(model.model.dim, 3)
+    exact = products(model, batch, of)
+    found = of.on_chunk(model, batch).products
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * max(1.0, np.abs(exact).max()))
+
+
+@pytest.mark.parametrize("num_points", [1, 3])
+@pytest.mark.parametrize("case", BENT)
+def test_what_bends_goes_the_other_way(bound, case, num_points):
+    model, batch = bound(*BENT[case])
+    assert not model.affine
+    of = work(model.model.dim, num_points)
+    np.testing.assert_allclose(of.on_chunk(model, batch).products, products(model, batch, of), rtol=1e-9, atol=1e-9)
+
+
+def test_tangents_are_taken_as_many_at_a_time_as_memory_allows(bound, monkeypatch):
+    model, batch = bound(*AFFINE["effects"])
+    of = work(model.model.dim, 3)
+    together = of.on_chunk(model, batch).products
+    monkeypatch.setattr(passes, "BYTES_AT_ONCE", 2 * passes.AFFINE_NUMBERS * 8 * ROWS)
+    np.testing.assert_allclose(of.on_chunk(model, batch).products, together, rtol=1e-12)
