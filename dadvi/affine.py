@@ -6,8 +6,12 @@ With φ_i(η) the parameters of row i's distribution, and J_i their derivatives,
 
 So W is averaged over draws, and J and Jᵀ are applied once, whatever their number: for a regression, two products of
 predictors and tangents. Differentiating the log-likelihood twice takes four for every draw.
+
+The same holds for the other coordinates where some are *held* at the same values at all draws, such as the scale τ of
+effects τz, given which logits are affine in z.
 """
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -21,7 +25,10 @@ AFFINE = 1e-9
 
 
 def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bool:
-    """Return whether all parameters are one number a row, and φ(a) + φ(b) = φ(c) + φ(a + b − c) at points (3, D)."""
+    """Return whether all parameters are one number a row, and φ(a) + φ(b) = φ(c) + φ(a + b − c) at points (3, D).
+
+    In those coordinates in which the points differ.
+    """
     a, b, c = points
     parameters = model.parameters(torch.stack([a, b, c, a + b - c]), batch)[1]  # each (rows or 1, 4)
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
@@ -31,12 +38,24 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
     )
 
 
-def hessian_products(model: BoundModel, batch: Batch, points: Tensor, weights: Tensor, tangents: Tensor) -> Tensor:
-    """Return Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t (T, D) for η (K, D), w (K,) and v (T, D)."""
-    eta = tangents.clone().requires_grad_()
-    _, along = model.parameters(eta, batch)  # each (rows or 1, T)
-    _, origin = model.parameters(torch.zeros_like(tangents[:1]), batch)
-    pushed = {name: value.detach() - origin[name] for name, value in along.items() if value.requires_grad}  # J v
+def hessian_products(
+    model: BoundModel, batch: Batch, points: Tensor, weights: Tensor, tangents: Tensor, held: Sequence[int] = ()
+) -> Tensor:
+    """Return Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t (T, D) for η (K, D), w (K,) and v (T, D).
+
+    Parameters
+    ----------
+    held
+        Coordinates that are the same at all points, and 0 in products and tangents.
+
+    """
+    eta = tangents.clone()
+    eta[:, held] = points[0, held]
+    origin = torch.zeros_like(eta[:1])
+    origin[:, held] = points[0, held]
+    eta.requires_grad_()
+    along, at_origin = model.parameters(eta, batch)[1], model.parameters(origin, batch)[1]  # each (rows or 1, T or 1)
+    pushed = {name: value.detach() - at_origin[name] for name, value in along.items() if value.requires_grad}  # J v
     back: dict[str, Tensor] = {}
     for (a, b), bend in _mean_second_derivatives(model, batch, points, weights, list(pushed)).items():
         part = bend[:, None] * pushed[b]
@@ -44,7 +63,9 @@ def hessian_products(model: BoundModel, batch: Batch, points: Tensor, weights: T
         back[a] = back[a] + part if a in back else part
     if not back:
         return torch.zeros_like(tangents)
-    return torch.autograd.grad(weighted([along[name] for name in back], back.values()), eta)[0]
+    (products,) = torch.autograd.grad(weighted([along[name] for name in back], back.values()), eta)
+    products[:, held] = 0.0
+    return products
 
 
 def _mean_second_derivatives(

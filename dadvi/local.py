@@ -139,7 +139,7 @@ class Taylor:
         check: bool,
         label: str,
     ) -> "Taylor":
-        """Return the expansion about the mean of q, with E_q[∇ℓ] and E_q[∇²ℓ], by one pass over the data.
+        """Return the expansion about the mean of q, with E_q[∇ℓ] and the Hessian in w averaged over q, by one pass.
 
         The value is such that the expansion has the same mean under q as the log-likelihood.
 
@@ -149,11 +149,12 @@ class Taylor:
             Those that multiply effects, and the structure of the Hessian.
 
         """
-        eta, around = q.transform(noise.likelihood.nodes), q.transform(noise.curvature.nodes)
-        gradient, hessian = Gradient(eta.numpy()), (around.numpy(), noise.curvature.weights.numpy())
-        sums = executor.run(Expansion(gradient, *hessian, scales.structure), check=check, label=label)
-        bend = scales.structure.arrowhead(torch.from_numpy(sums.products))
-        bend = scales.hessian_in_w(bend, Rule(around, noise.curvature.weights), q.loc)
+        eta = q.transform(noise.likelihood.nodes)
+        around = scales.at_origin(q.transform(noise.curvature.nodes), q.loc)
+        hessian = (around.numpy(), noise.curvature.weights.numpy(), scales.structure)
+        held = tuple(scales.coordinates.tolist()) if scales.affine else ()
+        sums = executor.run(Expansion(Gradient(eta.numpy()), *hessian, held), check=check, label=label)
+        bend = scales.unbent(scales.structure.arrowhead(torch.from_numpy(sums.products)))
         nothing = torch.zeros_like(q.loc)
         plain = cls(q.loc, scales, 0.0, nothing, bend, noise.likelihood.errors(nothing.expand(len(eta), -1)))
         left = torch.from_numpy(sums.grad) - plain.log_lik(eta)[1]

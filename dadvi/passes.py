@@ -183,6 +183,7 @@ class HessianVector(Pass[HessianSums]):
     points: FloatArray  # (K, D) unconstrained
     tangents: FloatArray  # (T, D)
     weights: FloatArray | None = None  # w (K,); None for the mean over the points
+    held: tuple[int, ...] = ()  # coordinates of no interest, the same at all points, given which parameters are affine
 
     def size(self, dim: int) -> int:
         """Return how many numbers its sums have."""
@@ -193,8 +194,9 @@ class HessianVector(Pass[HessianSums]):
         (num_points, dim), rows = self.points.shape, len(next(iter(batch.values())))
         weights = np.full(num_points, 1 / num_points) if self.weights is None else self.weights
         tangents = torch.from_numpy(self.tangents)
-        if model.affine:
-            products = _products_by_parameters(model, batch, torch.from_numpy(self.points), weights, tangents)
+        if model.affine or self.held:
+            points = torch.from_numpy(self.points)
+            products = _products_by_parameters(model, batch, points, torch.from_numpy(weights), tangents, self.held)
         elif num_points == 1 and dim <= rows:
             products = weights[0] * _products_side_by_side(model, batch, torch.from_numpy(self.points), tangents)
         else:
@@ -205,13 +207,13 @@ class HessianVector(Pass[HessianSums]):
 
 
 def _products_by_parameters(
-    model: BoundModel, batch: Batch, points: Tensor, weights: FloatArray, tangents: Tensor
+    model: BoundModel, batch: Batch, points: Tensor, weights: Tensor, tangents: Tensor, held: tuple[int, ...]
 ) -> Tensor:
-    """Return Σ_k w_k ∇²ℓ(η_k) v_t (T, D), where the likelihood's parameters are affine in η."""
+    """Return Σ_k w_k ∇²ℓ(η_k) v_t (T, D), where the likelihood's parameters are affine in the coordinates not held."""
     rows = len(next(iter(batch.values())))
     at_once = max(1, BYTES_AT_ONCE // (AFFINE_NUMBERS * model.dtype.itemsize * rows))
     parts = tangents.split(at_once)
-    return torch.cat([affine.hessian_products(model, batch, points, torch.from_numpy(weights), part) for part in parts])
+    return torch.cat([affine.hessian_products(model, batch, points, weights, part, held) for part in parts])
 
 
 def _products_side_by_side(model: BoundModel, batch: Batch, point: Tensor, tangents: Tensor) -> Tensor:
@@ -249,6 +251,7 @@ class Expansion(Pass[ExpansionSums]):
     points: FloatArray  # of the Hessians (K, D) unconstrained
     weights: FloatArray  # w (K,)
     structure: Structure
+    held: tuple[int, ...] = ()  # as those of `HessianVector`
 
     def size(self, dim: int) -> int:
         """Return how many numbers its sums have."""
@@ -262,7 +265,7 @@ class Expansion(Pass[ExpansionSums]):
 
     def over(self, model: BoundModel, watch: Stopwatch) -> Summation[ExpansionSums]:
         """Return a summation that has no rows yet."""
-        hessian = HessianVector(self.points, self.structure.tangents(), self.weights)
+        hessian = HessianVector(self.points, self.structure.tangents(), self.weights, self.held)
         return _ExpansionSummation(self.gradient.over(model, watch), hessian.over(model, watch))
 
 

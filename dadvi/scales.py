@@ -9,12 +9,14 @@ expansion in log τ and z follows such a curve over more than a small fraction o
 which is found, and not assumed, by what it says of gradients at every point: ∂ℓ/∂η_b = Σ_i p_bi η_i ∂ℓ/∂η_i.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dadvi.affine import has_affine_parameters
+from dadvi.binding import CHECK_ROWS, FAR
 from dadvi.passes import Gradient
 from dadvi.probing import columns
 from dadvi.quadrature import Rule
@@ -39,6 +41,7 @@ class Scales:
     structure: Structure
     places: tuple[int, ...]  # of the scales among the dense coordinates
     powers: Tensor  # p (b, D), zero at the scales themselves
+    affine: bool = False  # whether the parameters of the likelihood's distribution are affine in w
 
     @classmethod
     def none(cls, structure: Structure) -> "Scales":
@@ -92,19 +95,17 @@ class Scales:
         grad[self.coordinates] -= self.powers @ (grad * rule.mean(growth * rule.nodes))
         return grad
 
-    def hessian_in_w(self, mean: Arrowhead, rule: Rule, origin: Tensor) -> Arrowhead:
-        """Return the Hessian in w whose mean Hessian in η, over a rule's points, is this; that of the scales is 0."""
-        dense, groups = self.structure.dense, self.structure.groups
-        distinct, which = self.classes
-        grown = ((rule.nodes - origin)[:, self.coordinates] @ distinct).exp()  # (K, m)
-        both = torch.einsum("k,ka,kb->ab", rule.weights, grown, grown)  # E[growth_i growth_j] by class
-        of_dense, of_groups = which[dense], which[groups]
-        corner = mean.corner / both[of_dense[:, None], of_dense]
-        cross = mean.cross / both[of_groups[..., None], of_dense]
-        blocks = mean.blocks / both[of_groups[..., None], of_groups[:, None]]
-        places = list(self.places)
+    def unbent(self, of_w: Arrowhead) -> Arrowhead:
+        """Return a Hessian in w that does not bend along the scales, as `hessian` takes it."""
+        corner, cross, places = of_w.corner.clone(), of_w.cross.clone(), list(self.places)
         corner[places] = corner[:, places] = cross[..., places] = 0
-        return Arrowhead(self.structure, corner, cross, blocks)
+        return Arrowhead(self.structure, corner, cross, of_w.blocks)
+
+    def at_origin(self, eta: Tensor, origin: Tensor) -> Tensor:
+        """Return points (K, D) with the scales of η₀ = `origin` (D,) and the likelihood of η (K, D): w elsewhere."""
+        points = self.growth(eta, origin) * eta
+        points[:, self.coordinates] = origin[self.coordinates]
+        return points
 
 
 def find_scales(subsample: Subsample, structure: Structure, seed: int) -> Scales:
@@ -133,4 +134,15 @@ def find_scales(subsample: Subsample, structure: Structure, seed: int) -> Scales
         powers[:, part] = of_part[:, None]
     if not places or powers[:, structure.dense[places]].any():  # a scale of scales is none of these
         return Scales.none(structure)
-    return Scales(structure, tuple(places), powers)
+    scales = Scales(structure, tuple(places), powers)
+    return replace(scales, affine=_is_affine(subsample, scales, points[:3]))
+
+
+def _is_affine(subsample: Subsample, scales: Scales, points: Tensor) -> bool:
+    """Return whether the likelihood's parameters, on the first rows of S, are affine in all but the scales."""
+    model, batch = subsample.model, next(iter(subsample.batches.values()))
+    if model.strategy != "parameters":
+        return False
+    far = points[0] + FAR * (points - points[0])
+    far[:, scales.coordinates] = points[0, scales.coordinates]
+    return has_affine_parameters(model, {name: values[:CHECK_ROWS] for name, values in batch.items()}, far)

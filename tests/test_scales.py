@@ -10,7 +10,7 @@ from dadvi.binding import bind_to
 from dadvi.executors import SerialExecutor
 from dadvi.families import Gaussian, MeanField
 from dadvi.local import Noise, Taylor
-from dadvi.passes import single_thread
+from dadvi.passes import Gradient, HessianVector, single_thread
 from dadvi.probing import find_structure
 from dadvi.quadrature import Rule, gauss_hermite, stratified
 from dadvi.scales import Scales, find_scales
@@ -77,18 +77,13 @@ def test_gradient_and_hessian_against_autograd(scales):
     torch.testing.assert_close(scales.structure.from_matrix(hessian).matrix(), hessian)  # it is an arrowhead
 
 
-def test_the_expansion_in_w_is_the_one_whose_averages_are_given(scales):
-    bend, linear = quadratic_in_w(scales)
+def test_the_gradient_in_w_is_the_one_whose_average_is_given(scales):
+    _, linear = quadratic_in_w(scales)
     origin, weights = normal(17, seed=5), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     rule = Rule(origin + 0.4 * normal(3, 17, seed=6), weights)
     growth = scales.growth(rule.nodes, origin)
     w = growth * rule.nodes
     grads = linear.expand(3, -1)
-    mean = sum(
-        (scales.hessian(bend, linear + bend.times(w)[k, :], w[k], growth[k]) * float(weights[k]) for k in (1, 2)),
-        scales.hessian(bend, linear + bend.times(w)[0], w[0], growth[0]) * float(weights[0]),
-    )
-    torch.testing.assert_close(scales.hessian_in_w(mean, rule, origin).matrix(), bend.matrix())
     of_eta = rule.mean(scales.grad(grads, w, growth))
     torch.testing.assert_close(scales.grad_in_w(of_eta, rule, origin), linear)
 
@@ -100,7 +95,8 @@ def test_without_scales_nothing_changes():
     assert torch.equal(none.grad(eta, eta, torch.ones(3, 4).double()), eta)
     assert none.hessian(bend, eta[0], eta[0], torch.ones(4).double()) is bend
     rule = Rule.equal(eta)
-    assert torch.equal(none.hessian_in_w(bend, rule, eta[0]).matrix(), bend.matrix())
+    assert torch.equal(none.unbent(bend).matrix(), bend.matrix())
+    assert torch.equal(none.at_origin(eta, eta[0]), eta)
     assert torch.equal(none.grad_in_w(eta[1], rule, eta[0]), eta[1])
 
 
@@ -185,6 +181,58 @@ def test_find_scales(write, name):
     found = find_scales(subsample, structure, 0)
     assert torch.equal(found.coordinates, powers.any(1).nonzero()[:, 0])
     assert torch.equal(found.powers, powers[found.coordinates])
+    assert found.affine == bool(expected)  # given the scales, logits are affine in what they multiply
+
+
+def test_what_bends_given_the_scales_is_not_taken_for_affine(write):
+    model = dadvi.Model(
+        {**PRIOR, **ONE, **EFFECTS},
+        lambda a, b, tau, z, x, g: Bernoulli(probs=torch.sigmoid(a + b * x + tau * z[g])),
+        "y",
+    )
+    data = write(fields(), chunk_rows=100)
+    subsample = Subsample.load(bind_to(model, data), data, range(data.manifest.num_chunks))
+    found = find_scales(subsample, find_structure(subsample, 0), 0)
+    assert len(found.places) == 1
+    assert not found.affine
+
+
+def test_hessians_at_the_scales_of_the_origin_are_those_in_w(write):
+    """Of a likelihood whose parameters are affine given the scales, and by automatic differentiation of it in w."""
+    prior, likelihood, _ = MODELS["crossed"]
+    model = dadvi.Model(prior, likelihood, "y")
+    data = write(fields(), chunk_rows=100)
+    bound = bind_to(model, data)
+    subsample = Subsample.load(bound, data, range(data.manifest.num_chunks))
+    scales = find_scales(subsample, find_structure(subsample, 0), 0)
+    origin, weights = 0.5 * normal(model.dim), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    eta = origin + 0.4 * normal(3, model.dim, seed=6)
+    growth = scales.growth(eta, origin)
+    points, w = scales.at_origin(eta, origin), growth * eta
+    executor = SerialExecutor(bound, data)
+    np.testing.assert_allclose(
+        executor.run(Gradient(points.numpy())).log_lik, executor.run(Gradient(eta.numpy())).log_lik, rtol=1e-10
+    )
+
+    def of_w(at, scale_values):
+        """Return the log-likelihood at w (D,), for values of the scales that it must not depend on."""
+        back = at / torch.exp((scale_values - origin[scales.coordinates]) @ scales.powers)
+        back = back.index_put((scales.coordinates,), scale_values)
+        return subsample.model.log_lik(back[None], data_all)[0]
+
+    data_all = {name: torch.cat([batch[name] for batch in subsample.batches.values()]) for name in fields()}
+    exact = sum(
+        weight * torch.autograd.functional.hessian(lambda at, k=k: of_w(at, eta[k, scales.coordinates]), w[k])
+        for k, weight in enumerate(weights)
+    )
+    tangents = normal(6, model.dim, seed=2)
+    tangents[:, scales.coordinates] = 0.0
+    held = tuple(scales.coordinates.tolist())
+    for each in (held, ()):
+        work = HessianVector(points.numpy(), tangents.numpy(), weights.numpy(), each)
+        found = torch.from_numpy(executor.run(work).products)
+        found[:, scales.coordinates] = 0.0
+        torch.testing.assert_close(found, tangents @ exact, rtol=1e-8, atol=1e-8)
 
 
 # An expansion with them -------------------------------------------------------------------------------------------
