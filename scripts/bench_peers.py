@@ -20,7 +20,7 @@ What the clocks count:
 A ratio is a contestant's seconds over dadvi's. Peers run one after the other, on all cores, each in an environment of
 its own that is made first.
 
-usage: python scripts/bench_peers.py [--quick] [--logistic | --grouping] [--rows N] [--json PATH]
+usage: python scripts/bench_peers.py [--quick] [--logistic | --grouping] [--beside PEER ...] [--rows N] [--json PATH]
 """
 
 import argparse
@@ -101,6 +101,7 @@ class Plan:
     grouping: dict[str, Any]  # and on the hierarchy
     advi: dict[str, Any]  # PyMC's
     solver_seconds: float  # after which a solver of scikit-learn is given up
+    beside: tuple[str, ...] = tuple(ENVIRONMENTS)  # on the logistic regression
 
 
 FULL = Plan(
@@ -508,10 +509,13 @@ def bench_logistic(plan: Plan, peers: Peers, directory: Path) -> dict[str, Any]:
     optimum = reference(fields)
     data = dadvi.write_shards(directory / "rows.zarr", fields)
     own = optimum.judge(run_dadvi(model, data, plan.repeats))
-    svi = peers.run("numpyro", "numpyro_svi.py", directory, {"problem": "logistic", **plan.svi})
-    solvers = run_sklearn(peers, directory, fields["x"], plan)
-    fits_pymc = 16 * fields["x"].size <= MEMORY_BYTES
-    advi = peers.run("pymc", "pymc_advi.py", directory, plan.advi) if fits_pymc else []
+    svi, advi, solvers = [], [], []
+    if "numpyro" in plan.beside:
+        svi = peers.run("numpyro", "numpyro_svi.py", directory, {"problem": "logistic", **plan.svi})
+    if "sklearn" in plan.beside:
+        solvers = run_sklearn(peers, directory, fields["x"], plan)
+    if "pymc" in plan.beside and 16 * fields["x"].size <= MEMORY_BYTES:
+        advi = peers.run("pymc", "pymc_advi.py", directory, plan.advi)
     svi, advi, solvers = ([optimum.judge(run) for run in runs] for runs in (svi, advi, solvers))
 
     console.print(logistic_table(plan.rows, own, svi, advi, solvers))
@@ -583,7 +587,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     rows = options.rows or plan.rows
     budgets = {"budgets": options.budgets or plan.svi["budgets"]}
     limit = plan.solver_seconds * max(1, rows / plan.rows)
-    return replace(plan, rows=rows, svi=plan.svi | budgets, solver_seconds=limit)
+    return replace(plan, rows=rows, svi=plan.svi | budgets, solver_seconds=limit, beside=tuple(options.beside))
 
 
 def main() -> None:
@@ -591,6 +595,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of both problems; default 2 000 000")
     parser.add_argument("--quick", action="store_true", help="200 000 rows and short budgets")
     parser.add_argument("--budgets", type=float, nargs="+", help="NumPyro's, in seconds, on the logistic regression")
+    parser.add_argument(
+        "--beside", nargs="+", choices=tuple(ENVIRONMENTS), default=tuple(ENVIRONMENTS), help="peers on problem 1"
+    )
     parser.add_argument(
         "--envs", type=Path, default=ROOT / ".bench-envs", help="the peers' environments; default %(default)s"
     )

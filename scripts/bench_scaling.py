@@ -157,16 +157,13 @@ def workers_part(quick: bool, directory: Path) -> Iterator[Row]:
                 before = time.process_time()
                 seconds.append(timed(partial(executor.run, work)))
                 processor.append(time.process_time() - before)
-        beside = f"{statistics.median(seconds):.3f} s for {shards} shards"
-        beyond = 100 * (statistics.median(seconds) / ideal - 1)
-        yield Row(f"{number} simulated workers, beyond the work", beyond, "%", beside=beside)
-        yield Row(
-            f"{number} simulated workers, coordinator and scheduler",
-            100 * statistics.median(processor) / ideal,
-            "%",
-            None,
-            5,
-        )
+            before = time.process_time()
+            time.sleep(ideal)
+            idle = time.process_time() - before
+        middle, who = statistics.median(seconds), f"{number} simulated workers"
+        yield Row(f"{who}, beyond", 100 * (middle / ideal - 1), "%", None, None, f"{middle:.3f} s for {shards} shards")
+        share, without = 100 * statistics.median(processor) / ideal, f"{100 * idle / ideal:.1f} % where nothing runs"
+        yield Row(f"{who}, coordinator and scheduler", share, "%", None, 5, without)
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A pass whose chunks take a time that is given, on no processor. In a module: Dask sends what a script defines whole."""
+"""A pass whose chunks take a time that is given, on no processor.
+
+In a module of its own: of what a script defines, Dask would send the code with every task.
+"""
 
 import time
 from dataclasses import dataclass
