@@ -10,14 +10,12 @@ All that a run knows beyond its subsample is a `_State`, which every pass makes 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dadvi.acceleration import DEPTH, Iterate
 from dadvi.checkpoint import Checkpoint, Journal, NoJournal
@@ -41,19 +39,17 @@ from dadvi.local import (
     solve,
 )
 from dadvi.nonfinite import first_nonfinite
-from dadvi.passes import HessianVector, single_thread
+from dadvi.passes import single_thread
 from dadvi.posterior import Fitted, Status, TraceRow
 from dadvi.probing import find_structure
-from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature, optimum, prior_draws, prior_hessian
-from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
+from dadvi.quadratic import DENSE_LIMIT, Certificate, Curvature
+from dadvi.quadrature import Rule
 from dadvi.records import pack, unpack
-from dadvi.scales import Scales, find_scales
+from dadvi.scales import Scales
 from dadvi.sharding import Manifest, sampling
+from dadvi.starting import TAYLOR_DRAWS, CurvatureFrom, Search, Start
 from dadvi.structure import Arrowhead, Root, Structure
-from dadvi.subsample import Subsample, warm_start, warn_if_ordered
-from dadvi.types import Purpose, random_stream
-
-CurvatureFrom = Literal["auto", "subsample", "data"]
+from dadvi.subsample import Subsample
 
 DEFAULT_PASSES = 30.0
 SUBSAMPLE_ROWS, ROWS_PER_COORDINATE = 20_000, 200
@@ -66,40 +62,9 @@ With n rows a run starts about √(N/n) posterior sds from its end, and a round 
 round about N^½ D / n^{3/2}, which falls with N.
 """
 
-WARM_ROWS, WARM_ROWS_PER_COORDINATE, WARM_ROWS_PER_EFFECT = 4_000, 50, 5
-"""Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more; and
-for each effect of a group in addition."""
-
-WARM_DISTANCE = 10.0
-"""The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
-
 COUPLED = 0.1
 """How much nearer a search gets, after the warm start, where there are groups: a scale that effects share follows all
 their sds, slowly."""
-
-SLICES = 16
-"""Parts of the subsample whose curvatures are compared to estimate their noise."""
-
-SLICES_FOR_SPREAD = 2
-"""Of them, those whose curvatures are averaged over q as well, to compare: with the same rows this tells enough."""
-
-POORLY_SEEN = 0.02
-"""Relative noise of an sd whose curvature is measured on the subsample above which the curvature is that of all the
-data; half the tolerance, if that is less."""
-
-NARROW = 0.003
-"""Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
-
-COARSE = 0.03
-"""Norm of the relative errors, over the effects of groups, of precisions averaged by rules of three points along a
-direction, above which there are five: errors of all groups together move the scale that they share."""
-
-TAYLOR_DRAWS = 32
-"""Draws of q for a pass that measures Hessians too: beside these they cost little."""
-
-FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
-"""Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
-them, unless told."""
 
 ELBO_NOISE = 1e-7
 """Relative error of an ELBO from float32 rows: a smaller fall is no fall."""
@@ -246,21 +211,10 @@ class _Aim:
 
 
 @dataclass(frozen=True, eq=False)
-class _Start:
-    """What the warm start found, which holds for the run."""
-
-    q: Gaussian
-    unit: Tensor  # posterior sds given the subsample alone (D,)
-    noise: Noise  # the draws of the run
-    scales: Scales | None  # of an expansion with the curvature of all the data; None for a surrogate
-    sd_noise: float  # relative error of an sd by that curvature, where a subsample tells it
-
-
-@dataclass(frozen=True, eq=False)
 class _State:
     """Where a run stands after a pass."""
 
-    start: _Start
+    start: Start
     here: _Visit
     visits: int
     rows_read: int
@@ -273,7 +227,7 @@ class _State:
 
 
 STATE = (
-    *(_State, _Start, _Visit, Noise, Rule, Iterate, Certificate, Evaluation, TraceRow),
+    *(_State, Start, _Visit, Noise, Rule, Iterate, Certificate, Evaluation, TraceRow),
     *(Gaussian, Surrogate, Taylor, Scales, Expectations, Curvature, Arrowhead, Root, Structure),
 )
 """The records that a state is made of."""
@@ -297,9 +251,11 @@ class _Rounds:
         self.seed, self._report, self._journal = seed, report, journal
         self.prior = executor.model.model
         self._started = time.perf_counter()
-        self._curvature_from, self._num_draws = settings.curvature, settings.num_draws
         self._load(settings.subsample_rows)
-        self._near = tol * (COUPLED if self.structure.groups.numel() else 1.0)  # of searches
+        near = tol * (COUPLED if self.structure.groups.numel() else 1.0)
+        self._search = Search(
+            self.subsample, self.structure, self.factor, family, settings.num_draws, settings.curvature, tol, near, seed
+        )
         self._known = {"subsample": self.subsample, "structure": self.structure, "family": family}
 
     def _load(self, subsample_rows: int | None) -> None:
@@ -333,7 +289,7 @@ class _Rounds:
         """Return the state of the journal's last checkpoint, or else that after the warm start and a first pass."""
         last = self._journal.last()
         if last is None:
-            start, bends = self._warm_start()
+            start, bends = self._search.find()
             here = self._visit(start, start.q, 1, bends)
             return _State(start, here, visits=1, rows_read=self.executor.rows_read)
         state: _State = unpack(last.state, STATE, self._known)
@@ -350,92 +306,11 @@ class _Rounds:
         canonical: _State = unpack(packed, STATE, self._known)
         return replace(canonical, trace=state.trace)
 
-    # The warm start --------------------------------------------------------------------------------------------------
-
-    def _warm_start(self) -> tuple[_Start, Bends | None]:
-        """Fit the subsample, and narrow the result to what all the data will say; with second derivatives if known."""
-        draws = partial(fixed_draws, self._num_draws, num_rows=self.subsample.num_rows)
-        noise = draws(self.family.noise_dim(self.prior.dim), rng=random_stream(self.seed, Purpose.DRAWS))
-        warm_noise = draws(self.prior.dim, rng=random_stream(self.seed, Purpose.DRAWS, 1))
-        center = Rule.equal(torch.zeros(1, self.prior.dim, dtype=torch.float64))
-        warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
-        warm_rows += WARM_ROWS_PER_EFFECT * self.structure.groups.numel()
-        warm = warm_start(self.subsample.part(warm_rows).top(warm_rows), self.structure, self.seed)
-        alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
-        warm, seen_alone = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE)
-        warn_if_ordered(self.subsample, warm.loc)
-        at = Rule.equal(warm.loc[None])
-        work = HessianVector(at.nodes.numpy(), self.structure.tangents())
-        seen = self.subsample.for_curvature.sliced(SLICES)
-        parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in seen.each(work)]
-        factor = self.factor * self.subsample.num_rows / seen.num_rows
-        bend = sum(parts[1:], parts[0]) * factor
-        curvature = Curvature.of(-(bend + prior_hessian(self.prior, at, self.structure)))
-        q = optimum(self.family, warm.loc, curvature)
-        scales, sd_noise, bends = None, 0.5 * _precision_noise(parts, factor, curvature), None
-        poorly_seen = self._curvature_from == "auto" and sd_noise > min(POORLY_SEEN, self.tol / 2)
-        if poorly_seen or self._curvature_from == "data":
-            scales, sd_noise = find_scales(seen, self.structure, self.seed), 0.0
-            noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
-        elif self.factor > 1 and self._is_narrow(q, noise, seen, parts, curvature):
-            mean = Rule.equal(torch.zeros_like(noise.curvature.nodes[:1]))
-            noise, bends = replace(noise, curvature=mean), Bends(curvature, bend)
-        if self.factor == 1:
-            q = self._solve(alone, q, noise, self._near)[0]
-        return _Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise), bends
-
-    def _is_narrow(
-        self, q: Gaussian, noise: Noise, seen: Subsample, parts: Sequence[Arrowhead], curvature: Curvature
-    ) -> bool:
-        """Return whether what q spreads over has the curvature of its mean, as some slices of S tell.
-
-        Parameters
-        ----------
-        seen
-            The slices.
-        parts
-            The Hessian of each at the mean.
-        curvature
-            That of all the data there.
-
-        """
-        around = q.transform(noise.curvature.nodes)
-        work = HessianVector(around.numpy(), self.structure.tangents(), noise.curvature.weights.numpy())
-        some = replace(seen, batches=dict(list(seen.batches.items())[:SLICES_FOR_SPREAD]))
-        spread = self.structure.arrowhead(torch.from_numpy(some.run(work).products))
-        change = spread.diagonal() - sum(part.diagonal() for part in parts[:SLICES_FOR_SPREAD])
-        factor = self.factor * self.subsample.num_rows / some.num_rows
-        return float((factor * change / curvature.precision_diagonal).abs().max()) < NARROW
-
-    def _draws_for_expansion(
-        self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float
-    ) -> Noise:
-        """Return the draws for passes that measure Hessians too, and whose local model has no other draws."""
-        num_draws, dim = self._num_draws or TAYLOR_DRAWS, self.family.noise_dim(self.prior.dim)
-        if len(noise.likelihood.nodes) > num_draws:
-            return noise
-        coarse, fine = (
-            fixed_draws(num_draws, dim, 1, random_stream(self.seed, Purpose.DRAWS, 2), num_points)
-            for num_points in (3, 5)
-        )
-        if not self.structure.groups.numel():
-            return coarse
-        nodes = q.transform(torch.cat([coarse.curvature.nodes, fine.curvature.nodes]))
-        weights = torch.cat([coarse.curvature.weights, -fine.curvature.weights])
-        work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
-        products = torch.from_numpy(seen.run(work).products)[:, self.structure.groups]
-        difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
-        error = difference / curvature.precision_diagonal[self.structure.groups]
-        return fine if float(error.norm()) > COARSE else coarse
-
-    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
-        return solve(self.prior, local, q, noise.expectations(self.prior, local, q), noise, tol)
-
     # Rounds ----------------------------------------------------------------------------------------------------------
 
     def _visit(
         self,
-        start: _Start,
+        start: Start,
         q: Gaussian,
         number: int,
         seen: Bends | None = None,
@@ -473,7 +348,9 @@ class _Rounds:
         here, unit = state.here, state.start.unit
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
         for radius in (math.inf, state.radius) if state.radius == FARTHEST else (state.radius,):
-            q, seen = solve(self.prior, here.local, here.q, here.seen, state.start.noise, self._near, radius, unit)
+            q, seen = solve(
+                self.prior, here.local, here.q, here.seen, state.start.noise, self._search.near, radius, unit
+            )
             if distance(here.q, q, unit) <= state.radius:
                 break
         far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > state.radius / 2
@@ -614,48 +491,3 @@ def _adapted(radius: float, gain: float, predicted: float, length: float) -> flo
     if gain < 0.25 * predicted:
         return length / 2
     return max(radius, 2 * length) if gain > 0.75 * predicted else radius
-
-
-def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curvature) -> float:
-    """Return the largest standard error, over coordinates, of a precision scaled up from the subsample, over it.
-
-    Parameters
-    ----------
-    parts
-        The Hessian of each of as many slices of the subsample.
-    factor
-        What scales their sum up to all the data.
-
-    """
-    if factor == 1:  # the subsample is all there is
-        return 0.0
-    diagonals = torch.stack([part.diagonal() for part in parts])  # (m, D)
-    error = factor * diagonals.std(0) * math.sqrt(len(parts) * (1 - 1 / factor))
-    return float((error / curvature.precision_diagonal).max())
-
-
-def fixed_draws(
-    num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator, num_points: int = 3
-) -> Noise:
-    """Return the draws of a run.
-
-    Parameters
-    ----------
-    num_draws
-        For the log-likelihood, and at least as many for the prior; None for as many as is affordable.
-    noise_dim
-        Length of a draw.
-    num_rows
-        Rows of the subsample.
-    num_points
-        Of each Gauss-Hermite rule.
-
-    """
-    affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * num_rows))
-    num_draws = num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
-    prior = stratified(max(prior_draws(noise_dim), num_draws), noise_dim, rng)
-    if num_draws >= 2 * noise_dim:
-        everywhere = orthogonal(num_draws, noise_dim, rng)
-        return Noise(everywhere, everywhere, prior)
-    along = gauss_hermite(num_draws, noise_dim, rng, num_points)
-    return Noise(along, gauss_hermite(num_points - 1, noise_dim, rng, num_points), prior)

@@ -9,23 +9,28 @@ import itertools
 import sys
 import time
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import groupby
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import dask
-import torch
-from distributed import Actor, CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
-from distributed.client import ClosedClientError
-from distributed.comm import CommClosedError, get_address_host_port
-from distributed.security import Security
+from distributed import Actor, Client, Future, KilledWorker, get_worker
 from distributed.system import MEMORY_LIMIT
 
-from dadvi.errors import ClusterError, DataError, InputError, WorkError
+from dadvi.clients import (
+    WAIT_SECONDS,
+    ClientLike,
+    check_workers,
+    find_workers,
+    gather,
+    in_this_process,
+    losing_scheduler,
+    workers_of,
+)
+from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Pass, tree_sum
@@ -41,15 +46,6 @@ T = TypeVar("T")
 
 ShardChunks: TypeAlias = tuple[int, list[int]]
 """A shard and those of its chunks that are wanted, in order."""
-
-ClientLike: TypeAlias = Client | str | None
-"""Who works: a client, a scheduler's address or "serial", or None; see `make_executor`."""
-
-SCHEDULER_LOST = (CancelledError, CommClosedError, ClosedClientError)
-"""What Dask raises when the scheduler is gone, or another one has its address, which knows nothing of the tasks."""
-
-WAIT_SECONDS = 30.0
-"""How long tasks wait for a worker when there is none."""
 
 AGAIN = "resume the run or fit again"
 """What to do after the cluster has failed a fit."""
@@ -75,9 +71,6 @@ TOGETHER = 8
 
 IN_PROCESS_BYTES = 256 * 2**20
 """Data up to this size are fitted in the caller's process when no client is given."""
-
-REUSED_BYTES = 64 * 2**20
-"""Memory that a worker keeps for the next chunk's arrays; Dask has workers give each back, and the system clear it."""
 
 
 class Executor(Protocol):
@@ -502,128 +495,6 @@ def _labelled(error: Exception, label: str) -> Exception:
     return type(error)(f"{label}: {error}" if label else str(error))
 
 
-def gather(client: Client, futures: Sequence[Future], wait_seconds: float, remedy: str) -> list[Any]:
-    """Return the results of tasks, in order. Without any worker they would wait for ever, so that has an end.
-
-    Parameters
-    ----------
-    wait_seconds
-        How long to wait for a worker when there is none.
-    remedy
-        What to do when there was none for so long, after having started some.
-
-    Raises
-    ------
-    WorkError
-        If there was no worker for `wait_seconds`; the tasks are cancelled then.
-
-    """
-    last_seen = time.monotonic()
-    while True:
-        try:
-            with client.as_current():  # which `wait` asks for
-                wait(futures, timeout=min(PLACEMENT_SECONDS, wait_seconds))
-        except TimeoutError:
-            now = time.monotonic()
-            if workers_of(client):
-                last_seen = now
-            elif now >= last_seen + wait_seconds:
-                client.cancel(futures)
-                raise WorkError(
-                    f"the scheduler at {client.scheduler.address} has had no workers for {now - last_seen:.0f} s; "
-                    f"start some, and {remedy}"
-                ) from None
-            if not any(future.status == "error" for future in futures):
-                continue
-        return list(client.gather(futures))
-
-
-@contextmanager
-def losing_scheduler(address: str, remedy: str) -> Iterator[None]:
-    """Tell that the scheduler was lost, and what to do after having started it, as a WorkError."""
-    try:
-        yield
-    except SCHEDULER_LOST as error:
-        raise WorkError(
-            f"the scheduler at {address} was lost, and with it the tasks ({type(error).__name__}); start it, and "
-            f"{remedy}"
-        ) from error
-
-
-def workers_of(client: Client) -> list[str]:
-    """Return the addresses of the workers; an error of `SCHEDULER_LOST` if the scheduler does not answer."""
-    if client.scheduler is None:  # the client has given up to reach it
-        raise ClosedClientError
-    try:
-        # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
-        return sorted(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
-    except OSError as error:
-        raise CommClosedError(str(error)) from error
-
-
-def in_this_process(client: Client) -> bool:
-    """Return whether the workers are threads of this process."""
-    cluster = client.cluster
-    return isinstance(cluster, LocalCluster) and not cluster.processes
-
-
-def connect(address: str, timeout: float = 10.0) -> Client:
-    """Return a client of the scheduler at `address`.
-
-    Raises
-    ------
-    ClusterError
-        If no scheduler answers there within `timeout` seconds.
-
-    """
-    try:
-        # Before there is a client: one that never connected takes 20 s to end, and prints a traceback as it does.
-        if not address.startswith(("inproc://", "ucx://")):
-            get_address_host_port(address)
-    except ValueError as error:
-        raise ClusterError(
-            f"scheduler address {address!r} cannot be used ({error}); give it as tcp://HOST:PORT"
-        ) from error
-    if address.startswith("tls://"):
-        _check_certificate(address)
-    try:
-        return Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"no Dask scheduler answers at {address!r} within {timeout:g} s ({type(error).__name__}: {error}); "
-            f"start one with `dask scheduler`, or leave the scheduler out to start local workers"
-        ) from error
-
-
-def _check_certificate(address: str) -> None:
-    """Refuse to go to a tls address without what Dask's settings must bring: again before there is a client."""
-    try:
-        context = Security().get_connection_args("client")["ssl_context"]
-        reason = "they name none" if context is None else ""
-    except OSError as error:  # of the files, or of what is in them
-        reason = f"{type(error).__name__}: {error}"
-    if reason:
-        raise ClusterError(
-            f"the scheduler at {address!r} needs a certificate, and Dask's settings have none to show ({reason}); set "
-            "distributed.comm.tls.ca-file, .client.cert and .client.key"
-        )
-
-
-def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
-    """Start single-threaded worker processes on this machine (default: one per core) and return a client of them."""
-    reuse = {f"distributed.nanny.pre-spawn-environ.MALLOC_{what}_THRESHOLD_": REUSED_BYTES for what in ("MMAP", "TRIM")}
-    with dask.config.set(reuse):
-        cluster = LocalCluster(
-            n_workers=num_workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # any free port: None asks for 8787, warns if taken
-        )
-    # Directly, as workers on this machine can be reached: not by way of the scheduler.
-    return Client(cluster, set_as_default=False, direct_to_workers=True), cluster
-
-
 def make_executor(
     model: BoundModel,
     data: ShardedDataset,
@@ -654,83 +525,3 @@ def make_executor(
         for resource in owned:
             resource.close()
         raise
-
-
-def find_workers(
-    client: ClientLike, num_workers: int | None, *, small: bool
-) -> tuple[Client | None, tuple[Client | LocalCluster, ...]]:
-    """Return the client of who is to work, None for this process, and what has to be closed afterwards.
-
-    Parameters
-    ----------
-    client, num_workers
-        As in `make_executor`.
-    small
-        Whether this process does the work when neither is given.
-
-    Raises
-    ------
-    InputError
-        If both are given, or there is to be no worker.
-    ClusterError
-        If no scheduler answers at the address.
-
-    """
-    if num_workers is not None and (client is not None or num_workers < 1):
-        what = f"client={client!r} brings its own workers" if client is not None else "at least 1 is needed"
-        raise InputError(f"num_workers={num_workers}: {what}; leave it out, or give a number of local workers alone")
-    if client == "serial" or (client is None and num_workers is None and small):
-        return None, ()
-    if isinstance(client, Client):
-        return client, ()
-    owned = start_local(num_workers) if client is None else (connect(client),)
-    return owned[0], owned
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that coordinator and workers must share."""
-    return {
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "dadvi": metadata.version("dadvi"),
-        "torch": torch.__version__.partition("+")[0],
-    }
-
-
-def check_workers(client: Client, wait_seconds: float) -> None:
-    """Refuse a cluster without workers, or with a worker that lacks torch or dadvi or has another version.
-
-    Raises
-    ------
-    ClusterError
-        With the worker's address, what it has, and what is needed.
-
-    """
-
-    def installed() -> dict[str, str | None]:
-        # Defined here so that it travels by value: a worker without dadvi can still answer.
-        import sys
-        from importlib import metadata
-
-        found: dict[str, str | None] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-        for package in ("dadvi", "torch"):
-            try:
-                found[package] = metadata.version(package).partition("+")[0]
-            except metadata.PackageNotFoundError:
-                found[package] = None
-        return found
-
-    try:
-        client.wait_for_workers(1, timeout=wait_seconds)
-    except TimeoutError as error:
-        raise ClusterError(
-            f"the scheduler at {client.scheduler.address} has no workers after {wait_seconds:g} s; start one with "
-            "`dask worker`"
-        ) from error
-    needed = versions()
-    for worker, found in client.run(installed).items():
-        for package, version in needed.items():
-            if found[package] != version:
-                seen = f"has {package} {found[package]}" if found[package] else f"has no {package}"
-                raise ClusterError(
-                    f"worker {worker} {seen}; the coordinator has {version}. Install the same version on every worker"
-                )

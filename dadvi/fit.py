@@ -15,8 +15,9 @@ from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
 from dadvi.binding import CHECK_ROWS, bind_to, end_chunks
 from dadvi.checkpoint import RunDirectory, seconds_between
+from dadvi.clients import ClientLike, versions
 from dadvi.errors import DataError, InputError, ModelError
-from dadvi.executors import ClientLike, make_executor, versions
+from dadvi.executors import make_executor
 from dadvi.families import Family, MeanField, check_known, family_from, make_family
 from dadvi.fingerprint import fingerprint, model_parts
 from dadvi.likelihood import BoundModel

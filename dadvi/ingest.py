@@ -13,19 +13,18 @@ from typing import TypeVar
 from distributed import Client, KilledWorker
 
 from dadvi import sharding
-from dadvi.errors import DataError, InputError, WorkError
-from dadvi.executors import (
-    IN_PROCESS_BYTES,
+from dadvi.clients import (
     SCHEDULER_LOST,
     WAIT_SECONDS,
     ClientLike,
-    as_it_is,
     check_workers,
     find_workers,
     gather,
     in_this_process,
     losing_scheduler,
 )
+from dadvi.errors import DataError, InputError, WorkError
+from dadvi.executors import IN_PROCESS_BYTES, as_it_is
 from dadvi.sharding.fieldspec import FieldSpecs
 from dadvi.sharding.ingest import Here, Missing, Tasks
 from dadvi.sharding.location import Location, Options, is_shareable, protocols, resolve

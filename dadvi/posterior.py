@@ -17,8 +17,9 @@ import zarr
 from torch import Tensor
 
 from dadvi.binding import bind_to
+from dadvi.clients import ClientLike
 from dadvi.errors import DataError, InputError
-from dadvi.executors import ClientLike, Executor, make_executor
+from dadvi.executors import Executor, make_executor
 from dadvi.families import Gaussian, MeanField, check_known, family_from
 from dadvi.model import Model
 from dadvi.quadratic import Certificate, Curvature

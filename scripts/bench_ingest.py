@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 import dadvi
-from dadvi.executors import start_local
+from dadvi.clients import start_local
 
 COLUMNS = 24
 ROWS_OF_A_GROUP = 250_000

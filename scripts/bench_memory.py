@@ -31,7 +31,7 @@ from problems import logistic
 from turns import Row, parser, tell
 
 import dadvi
-from dadvi.executors import start_local
+from dadvi.clients import start_local
 
 WORKERS, TOL = 2, 0.1
 ROWS, CHUNK_ROWS, BUDGET = 40_000_000, 20_000, 2**30

@@ -27,7 +27,8 @@ from turns import Row, Seconds, Way, medians, parser, ratio, take_turns, tell
 
 import dadvi
 from dadvi.binding import bind_to
-from dadvi.executors import DaskExecutor, SerialExecutor, start_local
+from dadvi.clients import start_local
+from dadvi.executors import DaskExecutor, SerialExecutor
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Gradient, GradientSums, single_thread

@@ -48,7 +48,7 @@ from rich.table import Column, Table
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
-from dadvi.executors import start_local
+from dadvi.clients import start_local
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).resolve().parent / "peers"

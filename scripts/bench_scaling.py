@@ -32,7 +32,8 @@ from turns import Row, medians, parser, ratio, tell, timed
 
 import dadvi
 from dadvi.binding import bind_to
-from dadvi.executors import DaskExecutor, Executor, SerialExecutor, start_local
+from dadvi.clients import start_local
+from dadvi.executors import DaskExecutor, Executor, SerialExecutor
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need
 from dadvi.passes import Gradient, GradientSums

@@ -16,7 +16,7 @@ import dadvi
 from dadvi import anchored, probing
 from dadvi.errors import InputError, ShuffleWarning
 from dadvi.families import Gaussian
-from dadvi.local import Surrogate, distance
+from dadvi.local import distance
 from dadvi.quadrature import Rule
 from dadvi.sharding import sampling
 
@@ -350,8 +350,6 @@ def test_the_first_step_is_no_longer_than_the_subsample_allows(write, visits, mo
 
     def far_away(prior, local, q, seen, noise, tol, radius=math.inf, unit=None):
         found, there = solve(prior, local, q, seen, noise, tol, radius, unit)
-        if unit is None:  # the warm start's
-            return found, there
         asked.append(radius)
         if math.isinf(radius):
             found = Gaussian(q.family, {**q.params, "loc": q.loc + 100 * unit})
@@ -418,8 +416,6 @@ def test_a_rejected_step_leaves_the_state_as_it_was(written, monkeypatch, visits
 
     def overshoot_once(prior, local, q, seen, noise, tol, radius=math.inf, unit=None):
         found = real(prior, local, q, seen, noise, tol, radius, unit)
-        if isinstance(local, Surrogate) and not local.tilt.any():  # the warm start
-            return found
         calls.append((q, local, radius, unit))
         if len(calls) > 1:
             return found
@@ -665,8 +661,6 @@ def test_where_every_step_fails_descent_gets_there(written, monkeypatch, curvatu
 
     def astray(prior, local, q, seen, noise, tol, radius=math.inf, unit=None):
         found = real(prior, local, q, seen, noise, tol, radius, unit)
-        if isinstance(local, Surrogate) and not local.tilt.any():  # the warm start
-            return found
         length = float(((found[0].loc - q.loc) / seen.curvature.stddev).abs().max())
         if length < tol / 10:  # at the optimum there is nothing to be gained
             return found

@@ -15,7 +15,7 @@ import zarr
 from clusters import scheduler_process, worker
 from command import command, dadvi, environment, listing, write_data
 
-from dadvi import executors
+from dadvi import clients, executors
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 SETTINGS = ["--method", "advi", "--max-passes", "12", "--tol", "1e-6", "--seed", "3"]  # stops, after some 120 steps
@@ -105,8 +105,8 @@ def test_two_workers_give_the_bits_of_none_and_so_do_they_when_one_is_killed(wor
 @pytest.fixture
 def soon(monkeypatch) -> None:
     """Give up on schedulers and workers at once: what is tested is how, not when."""
-    monkeypatch.setattr(executors, "connect", partial(executors.connect, timeout=1.0))
-    check = executors.check_workers
+    monkeypatch.setattr(clients, "connect", partial(clients.connect, timeout=1.0))
+    check = clients.check_workers
     monkeypatch.setattr(executors, "check_workers", lambda client, wait_seconds: check(client, min(wait_seconds, 0.5)))
 
 
@@ -140,7 +140,7 @@ class NoClient:
 @pytest.mark.parametrize("address", ["nowhere", "tcp://127.0.0.1", "udp://127.0.0.1:1", "tcp://127.0.0.1:port"])
 def test_what_is_not_an_address(world, tmp_path, monkeypatch, address):
     # A client that never connected would take 20 s to end, and print a traceback as it does: there must be none.
-    monkeypatch.setattr(executors, "Client", NoClient)
+    monkeypatch.setattr(clients, "Client", NoClient)
     line = refused(world, address, tmp_path, monkeypatch)
     assert f"scheduler address '{address}' cannot be used" in line
     assert line.endswith("give it as tcp://HOST:PORT\n")

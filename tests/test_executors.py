@@ -18,8 +18,9 @@ from zarr.storage import MemoryStore
 import dadvi
 from dadvi import executors, summing
 from dadvi.binding import bind_to
+from dadvi.clients import check_workers, connect, versions
 from dadvi.errors import ClusterError, DataError, InputError, ModelError, WorkError
-from dadvi.executors import DaskExecutor, SerialExecutor, check_workers, connect, make_executor, versions
+from dadvi.executors import DaskExecutor, SerialExecutor, make_executor
 from dadvi.passes import Gradient, HessianVector, LogLik, Pass
 from dadvi.sharding import open_shards, write_shards
 
@@ -399,7 +400,7 @@ def test_make_executor(thread_client, bound, data, monkeypatch):
 
     monkeypatch.setattr("dadvi.executors.check_workers", failing)
     opened = []
-    monkeypatch.setattr("dadvi.executors.connect", lambda address: opened.append(connect(address)) or opened[0])
+    monkeypatch.setattr("dadvi.clients.connect", lambda address: opened.append(connect(address)) or opened[0])
     with pytest.raises(ClusterError, match="no"):
         make_executor(bound, data, thread_client.scheduler.address)
     assert opened[0].status == "closed"
@@ -455,7 +456,7 @@ def test_a_worker_with_other_software_is_refused(answer, parts):
 
 
 def test_a_worker_with_another_dadvi_than_the_coordinator_is_refused(thread_client, bound, data, monkeypatch):
-    monkeypatch.setattr("dadvi.executors.versions", lambda: {**versions(), "dadvi": "9.9.9"})
+    monkeypatch.setattr("dadvi.clients.versions", lambda: {**versions(), "dadvi": "9.9.9"})
     with pytest.raises(ClusterError, match=rf"has dadvi {versions()['dadvi']}; the coordinator has 9\.9\.9"):
         DaskExecutor(bound, data, thread_client)
 

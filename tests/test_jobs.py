@@ -14,12 +14,12 @@ import torch
 from command import FIELDS, MODEL, dadvi, dadvi_process, environment, unchanged, write_data, write_table
 
 import dadvi as package
-from dadvi.anchored import TAYLOR_DRAWS
 from dadvi.binding import bind_to
 from dadvi.executors import DaskExecutor
 from dadvi.families import MeanField
 from dadvi.passes import Gradient
 from dadvi.plan import PROCESS_BYTES, make_plan
+from dadvi.starting import TAYLOR_DRAWS
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 

@@ -6,7 +6,7 @@ import dask
 import pytest
 import torch
 
-from dadvi.executors import start_local
+from dadvi.clients import start_local
 
 TIMES, PAGES = 50, 256
 """Arrays made one after the other, and 4 KiB pages of each."""

@@ -20,7 +20,7 @@ from distributed import Client, KilledWorker
 from zarr.storage import MemoryStore
 
 import dadvi
-from dadvi import executors
+from dadvi import clients
 from dadvi.errors import ClusterError, DataError, InputError, WorkError
 from dadvi.ingest import Workers, _absent
 from dadvi.sharding import tables
@@ -175,7 +175,7 @@ def test_a_task_that_fails_is_tried_again_and_order_kept(tmp_path, thread_client
 
 
 def test_a_failure_waits_for_tasks_that_are_under_way(tmp_path, thread_client, monkeypatch):
-    monkeypatch.setattr(executors, "PLACEMENT_SECONDS", 0.05)  # it is seen while others work
+    monkeypatch.setattr(clients, "POLL_SECONDS", 0.05)  # it is seen while others work
 
     def fail_or_work(item):
         if item == 0:

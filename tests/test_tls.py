@@ -14,7 +14,7 @@ from clusters import scheduler_process, worker
 from command import dadvi, dadvi_process, listing, write_data
 
 import dadvi as package
-from dadvi import executors
+from dadvi import clients
 from dadvi.errors import ClusterError
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
@@ -105,7 +105,7 @@ def test_a_client_without_a_certificate_is_told_what_to_set(
     monkeypatch.chdir(tmp_path)
     with dask.config.set(changed):
         with pytest.raises(ClusterError, match="needs a certificate"):
-            executors.connect(address)
+            clients.connect(address)
         ran = dadvi(*fit_arguments(world, address))
     assert (ran.code, ran.out) == (BAD_INPUT, "")
     assert listing(tmp_path) == {}

@@ -1,0 +1,238 @@
+"""Where a run of the anchored solver starts: the fit to the subsample alone, and what is decided there for the run.
+
+The start's curvature comes from slices of the subsample. By how these differ it is known how well the subsample sees
+every latent; by what they see around the start, whether the curvature at a mean stands for that averaged over q.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dadvi.families import Family, Gaussian
+from dadvi.local import Bends, Expectations, LocalModel, Noise, Surrogate, solve
+from dadvi.model import Model
+from dadvi.passes import HessianVector
+from dadvi.quadratic import Curvature, optimum, prior_draws, prior_hessian
+from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
+from dadvi.scales import Scales, find_scales
+from dadvi.structure import Arrowhead, Structure
+from dadvi.subsample import Subsample, warm_start, warn_if_ordered
+from dadvi.types import Purpose, random_stream
+
+CurvatureFrom = Literal["auto", "subsample", "data"]
+
+WARM_ROWS, WARM_ROWS_PER_COORDINATE, WARM_ROWS_PER_EFFECT = 4_000, 50, 5
+"""Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more; and
+for each effect of a group in addition."""
+
+WARM_DISTANCE = 10.0
+"""The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
+
+SLICES = 16
+"""Parts of the subsample whose curvatures are compared to estimate their noise."""
+
+SLICES_FOR_SPREAD = 2
+"""Of them, those whose curvatures are averaged over q as well, to compare: with the same rows this tells enough."""
+
+POORLY_SEEN = 0.02
+"""Relative noise of an sd whose curvature is measured on the subsample above which the curvature is that of all the
+data; half the tolerance, if that is less."""
+
+NARROW = 0.003
+"""Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
+
+COARSE = 0.03
+"""Norm of the relative errors, over the effects of groups, of precisions averaged by rules of three points along a
+direction, above which there are five: errors of all groups together move the scale that they share."""
+
+TAYLOR_DRAWS = 32
+"""Draws of q for a pass that measures Hessians too: beside these they cost little."""
+
+FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
+"""Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
+them, unless told."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What the warm start found, which holds for the run."""
+
+    q: Gaussian
+    unit: Tensor  # posterior sds given the subsample alone (D,)
+    noise: Noise  # the draws of the run
+    scales: Scales | None  # of an expansion with the curvature of all the data; None for a surrogate
+    sd_noise: float  # relative error of an sd by that curvature, where a subsample tells it
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What a start is found by.
+
+    Parameters
+    ----------
+    subsample, structure
+        S, and the structure of the Hessian on it.
+    factor
+        What scales sums over S up to all the data.
+    family
+        Of q.
+    num_draws, curvature_from
+        As in `Anchored`.
+    tol, near
+        The tolerance of the run, and that of its searches.
+    seed
+        Of the run.
+
+    """
+
+    subsample: Subsample
+    structure: Structure
+    factor: float
+    family: Family
+    num_draws: int | None
+    curvature_from: CurvatureFrom
+    tol: float
+    near: float
+    seed: int
+
+    @property
+    def model(self) -> Model:
+        """The model, whose prior is exact."""
+        return self.subsample.model.model
+
+    def find(self) -> tuple[Start, Bends | None]:
+        """Fit the subsample, and narrow the result to what all the data will say.
+
+        Returns
+        -------
+        Start, Bends or None
+            What the surrogate bends like at its mean, where the run can go on with that.
+
+        """
+        draws = partial(fixed_draws, self.num_draws, num_rows=self.subsample.num_rows)
+        noise = draws(self.family.noise_dim(self.model.dim), rng=random_stream(self.seed, Purpose.DRAWS))
+        warm_noise = draws(self.model.dim, rng=random_stream(self.seed, Purpose.DRAWS, 1))
+        center = Rule.equal(torch.zeros(1, self.model.dim, dtype=torch.float64))
+        warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
+        warm_rows += WARM_ROWS_PER_EFFECT * self.structure.groups.numel()
+        warm = warm_start(self.subsample.part(warm_rows).top(warm_rows), self.structure, self.seed)
+        alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
+        warm, seen_alone = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE)
+        warn_if_ordered(self.subsample, warm.loc)
+        at = Rule.equal(warm.loc[None])
+        work = HessianVector(at.nodes.numpy(), self.structure.tangents())
+        seen = self.subsample.for_curvature.sliced(SLICES)
+        parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in seen.each(work)]
+        factor = self.factor * self.subsample.num_rows / seen.num_rows
+        bend = sum(parts[1:], parts[0]) * factor
+        curvature = Curvature.of(-(bend + prior_hessian(self.model, at, self.structure)))
+        q = optimum(self.family, warm.loc, curvature)
+        scales, sd_noise, bends = None, 0.5 * _precision_noise(parts, factor, curvature), None
+        poorly_seen = self.curvature_from == "auto" and sd_noise > min(POORLY_SEEN, self.tol / 2)
+        if poorly_seen or self.curvature_from == "data":
+            scales, sd_noise = find_scales(seen, self.structure, self.seed), 0.0
+            noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
+        elif self.factor > 1 and self._is_narrow(q, noise, seen, parts, curvature):
+            mean = Rule.equal(torch.zeros_like(noise.curvature.nodes[:1]))
+            noise, bends = replace(noise, curvature=mean), Bends(curvature, bend)
+        if self.factor == 1:
+            q = self._solve(alone, q, noise, self.near)[0]
+        return Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise), bends
+
+    def _is_narrow(
+        self, q: Gaussian, noise: Noise, seen: Subsample, parts: Sequence[Arrowhead], curvature: Curvature
+    ) -> bool:
+        """Return whether what q spreads over has the curvature of its mean, as some slices of S tell.
+
+        Parameters
+        ----------
+        seen
+            The slices.
+        parts
+            The Hessian of each at the mean.
+        curvature
+            That of all the data there.
+
+        """
+        around = q.transform(noise.curvature.nodes)
+        work = HessianVector(around.numpy(), self.structure.tangents(), noise.curvature.weights.numpy())
+        some = replace(seen, batches=dict(list(seen.batches.items())[:SLICES_FOR_SPREAD]))
+        spread = self.structure.arrowhead(torch.from_numpy(some.run(work).products))
+        change = spread.diagonal() - sum(part.diagonal() for part in parts[:SLICES_FOR_SPREAD])
+        factor = self.factor * self.subsample.num_rows / some.num_rows
+        return float((factor * change / curvature.precision_diagonal).abs().max()) < NARROW
+
+    def _draws_for_expansion(
+        self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float
+    ) -> Noise:
+        """Return the draws for passes that measure Hessians too, and whose local model has no other draws."""
+        num_draws, dim = self.num_draws or TAYLOR_DRAWS, self.family.noise_dim(self.model.dim)
+        if len(noise.likelihood.nodes) > num_draws:
+            return noise
+        coarse, fine = (
+            fixed_draws(num_draws, dim, 1, random_stream(self.seed, Purpose.DRAWS, 2), num_points)
+            for num_points in (3, 5)
+        )
+        if not self.structure.groups.numel():
+            return coarse
+        nodes = q.transform(torch.cat([coarse.curvature.nodes, fine.curvature.nodes]))
+        weights = torch.cat([coarse.curvature.weights, -fine.curvature.weights])
+        work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
+        products = torch.from_numpy(seen.run(work).products)[:, self.structure.groups]
+        difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
+        error = difference / curvature.precision_diagonal[self.structure.groups]
+        return fine if float(error.norm()) > COARSE else coarse
+
+    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
+        return solve(self.model, local, q, noise.expectations(self.model, local, q), noise, tol)
+
+
+def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curvature) -> float:
+    """Return the largest standard error, over coordinates, of a precision scaled up from the subsample, over it.
+
+    Parameters
+    ----------
+    parts
+        The Hessian of each of as many slices of the subsample.
+    factor
+        What scales their sum up to all the data.
+
+    """
+    if factor == 1:  # the subsample is all there is
+        return 0.0
+    diagonals = torch.stack([part.diagonal() for part in parts])  # (m, D)
+    error = factor * diagonals.std(0) * math.sqrt(len(parts) * (1 - 1 / factor))
+    return float((error / curvature.precision_diagonal).max())
+
+
+def fixed_draws(
+    num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator, num_points: int = 3
+) -> Noise:
+    """Return the draws of a run.
+
+    Parameters
+    ----------
+    num_draws
+        For the log-likelihood, and at least as many for the prior; None for as many as is affordable.
+    noise_dim
+        Length of a draw.
+    num_rows
+        Rows of the subsample.
+    num_points
+        Of each Gauss-Hermite rule.
+
+    """
+    affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * num_rows))
+    num_draws = num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
+    prior = stratified(max(prior_draws(noise_dim), num_draws), noise_dim, rng)
+    if num_draws >= 2 * noise_dim:
+        everywhere = orthogonal(num_draws, noise_dim, rng)
+        return Noise(everywhere, everywhere, prior)
+    along = gauss_hermite(num_draws, noise_dim, rng, num_points)
+    return Noise(along, gauss_hermite(num_points - 1, noise_dim, rng, num_points), prior)
