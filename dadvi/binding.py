@@ -11,6 +11,7 @@ from dadvi import affine
 from dadvi.errors import InputError, ModelError
 from dadvi.likelihood import BoundModel, Strategy, concatenated
 from dadvi.model import Model, unvalidated
+from dadvi.passes import single_thread
 from dadvi.sharding import ShardedDataset
 from dadvi.types import Batch, Purpose, random_stream
 
@@ -18,7 +19,7 @@ CHECK_ROWS = 2_048
 """Rows of each of two chunks on which the likelihood is checked before a fit."""
 
 FAR = 10.0
-"""Spread of the points, in each coordinate, at which parameters are compared: what bends somewhere bends there."""
+"""How far the points at which parameters are compared lie from one another, in each coordinate."""
 
 AFFINE_AGREEMENT = 1e-3
 """Difference of two ways to a product of a Hessian, beside its largest element, up to which they agree in float32."""
@@ -38,6 +39,7 @@ def bind_to(model: Model, data: ShardedDataset) -> BoundModel:
     return bind(model, {name: values.dtype for name, values in chunks[0][1].items()}, chunks)
 
 
+@single_thread()  # what is decided here must not depend on the number of cores
 def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple[int, Batch]]) -> BoundModel:
     """Resolve a model's names against the data, check its likelihood on rows of two chunks, choose how to evaluate it.
 
@@ -229,21 +231,20 @@ def _fastest_strategy(bound: BoundModel, batch: Batch) -> Strategy:
 
 
 def _is_affine(bound: BoundModel, batch: Batch) -> bool:
-    """Return whether the parameters of the likelihood's distribution are affine in η, and give the same Hessian."""
+    """Return whether the parameters of the likelihood's distribution seem affine in η, and give the same Hessian."""
     if bound.strategy != "parameters":
         return False
     model, weights = bound.model, torch.tensor([0.25, 0.75], dtype=torch.float64)
     noise = torch.from_numpy(random_stream(0, Purpose.CHECK, 1).standard_normal((6, model.dim)))
     points, tangents = model.start + 0.1 * noise[:2], noise[2:3]
     eta = points.clone().requires_grad_()
-    try:
-        if not affine.has_affine_parameters(replace(bound, dtype=torch.float64), batch, FAR * noise[3:]):
-            return False
-        products = affine.hessian_products(bound, batch, points, weights, tangents)
-        (grad,) = torch.autograd.grad(weights @ bound.log_lik(eta, batch), eta, create_graph=True)
-        reference = torch.autograd.grad((grad * tangents).sum(), eta)[0].sum(0) if grad.requires_grad else 0 * eta[0]
-    except Exception:  # noqa: BLE001  there is another way to Hessians, which any likelihood goes
+    if not affine.has_affine_parameters(replace(bound, dtype=torch.float64), batch, FAR * noise[3:]):
         return False
+    products = affine.hessian_products(bound, batch, points, weights, tangents, at_once=1)
+    if products is None:
+        return False
+    (grad,) = torch.autograd.grad(weights @ bound.log_lik(eta, batch), eta, create_graph=True)
+    reference = torch.autograd.grad((grad * tangents).sum(), eta)[0].sum(0) if grad.requires_grad else 0 * eta[0]
     return bool(((products[0] - reference).abs() <= AFFINE_AGREEMENT * reference.abs().max()).all())
 
 

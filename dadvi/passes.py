@@ -26,8 +26,8 @@ from dadvi.types import Batch, FloatArray
 MOST_TANGENTS, BYTES_AT_ONCE = 32, 2**25
 """Tangents of a Hessian taken at once, and bytes that a differentiation may save for them: both bound its memory."""
 
-AFFINE_NUMBERS = 4
-"""Numbers that a product of a Hessian holds for each row and tangent where parameters are affine."""
+AFFINE_ARRAYS = 6
+"""Arrays with a number for each tangent that a Hessian needs at once where parameters are affine."""
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 """What a pass yields: a NamedTuple of float64 arrays, summed elementwise."""
@@ -177,13 +177,16 @@ class HessianSums(NamedTuple):
 
 @dataclass(frozen=True)
 class HessianVector(Pass[HessianSums]):
-    """Hessian-vector products Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t at T tangents, by reverse over reverse (Pearlmutter 1994)."""
+    """Hessian-vector products Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t at T tangents.
+
+    By `dadvi.affine` where that holds, else by reverse over reverse (Pearlmutter 1994).
+    """
 
     name: ClassVar[str] = "hessian_vector"
     points: FloatArray  # (K, D) unconstrained
     tangents: FloatArray  # (T, D)
     weights: FloatArray | None = None  # w (K,); None for the mean over the points
-    held: tuple[int, ...] = ()  # coordinates of no interest, the same at all points, given which parameters are affine
+    held: tuple[int, ...] = ()  # coordinates without interest, the same at all points: it may be affine given them
 
     def size(self, dim: int) -> int:
         """Return how many numbers its sums have."""
@@ -194,26 +197,21 @@ class HessianVector(Pass[HessianSums]):
         (num_points, dim), rows = self.points.shape, len(next(iter(batch.values())))
         weights = np.full(num_points, 1 / num_points) if self.weights is None else self.weights
         tangents = torch.from_numpy(self.tangents)
+        products = None
         if model.affine or self.held:
-            points = torch.from_numpy(self.points)
-            products = _products_by_parameters(model, batch, points, torch.from_numpy(weights), tangents, self.held)
-        elif num_points == 1 and dim <= rows:
+            # Of tangents there are some arrays with a number for every row, and some with one for every coordinate.
+            at_once = max(1, BYTES_AT_ONCE // (8 * AFFINE_ARRAYS * max(rows, dim)))
+            arguments = (model, batch, torch.from_numpy(self.points), torch.from_numpy(weights), tangents)
+            products = affine.hessian_products(*arguments, held=self.held, at_once=at_once)
+        if products is not None:
+            return HessianSums(products.numpy())
+        if num_points == 1 and dim <= rows:
             products = weights[0] * _products_side_by_side(model, batch, torch.from_numpy(self.points), tangents)
         else:
             eta = torch.tensor(self.points, requires_grad=True)
             log_lik = torch.from_numpy(weights) @ model.log_lik(eta, batch)
             products = hessian_products(log_lik, eta, tangents, model.saved_bytes * num_points * rows)
         return HessianSums(products.numpy())
-
-
-def _products_by_parameters(
-    model: BoundModel, batch: Batch, points: Tensor, weights: Tensor, tangents: Tensor, held: tuple[int, ...]
-) -> Tensor:
-    """Return Σ_k w_k ∇²ℓ(η_k) v_t (T, D), where the likelihood's parameters are affine in the coordinates not held."""
-    rows = len(next(iter(batch.values())))
-    at_once = max(1, BYTES_AT_ONCE // (AFFINE_NUMBERS * model.dtype.itemsize * rows))
-    parts = tangents.split(at_once)
-    return torch.cat([affine.hessian_products(model, batch, points, weights, part, held) for part in parts])
 
 
 def _products_side_by_side(model: BoundModel, batch: Batch, point: Tensor, tangents: Tensor) -> Tensor:

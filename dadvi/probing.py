@@ -22,6 +22,9 @@ FEWEST_GROUPS = 16
 LARGEST_CROSS = 4e7
 """Numbers in the curvature that dense coordinates share with all others, at most."""
 
+HUB_SPREAD = (0.3, 1.0, 3.0)
+"""How far from the start points lie at which it is seen what the prior couples."""
+
 AGREEMENT = 1e-6
 """Difference of two probes, beside the largest curvature, up to which they agree."""
 
@@ -62,7 +65,8 @@ def _hubs(model: Model, structure: Structure, rng: np.random.Generator) -> Tenso
 
     Those that curve with effects of groups, and then one after the other what most of the rest curve with.
     """
-    points = Rule.equal((model.start + 0.3 * torch.from_numpy(rng.standard_normal(model.dim)))[None])
+    spread = torch.tensor(HUB_SPREAD, dtype=torch.float64)[:, None]  # a coupling may be 0 at one of several points
+    points = Rule.equal(model.start + spread * torch.from_numpy(rng.standard_normal((len(spread), model.dim))))
     products = prior_products(model, points, structure.tangents())[: len(structure.dense)]
     hubs = (products[:, structure.groups.flatten()] != 0).any(1)
     coupled = products[:, structure.dense] != 0

@@ -140,7 +140,9 @@ class Search:
             noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
         elif self.factor > 1 and self._is_narrow(q, noise, seen, parts, curvature):
             mean = Rule.equal(torch.zeros_like(noise.curvature.nodes[:1]))
-            noise, bends = replace(noise, curvature=mean), Bends(curvature, bend)
+            noise = replace(noise, curvature=mean)
+            around = Rule(q.transform(noise.prior.nodes), noise.prior.weights)  # the prior may bend where rows do not
+            bends = Bends(Curvature.of(-(bend + prior_hessian(self.model, around, self.structure))), bend)
         if self.factor == 1:
             q = self._solve(alone, q, noise, self.near)[0]
         return Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise), bends

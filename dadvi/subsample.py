@@ -71,7 +71,7 @@ class Subsample:
 
     model: BoundModel  # with float64 arithmetic: in float32 a solve stalls tenths of an sd away
     batches: Mapping[int, Batch]  # by chunk, in increasing order
-    curvature_rows: float = math.inf  # as many of its rows, or a few more, are for measuring curvatures
+    curvature_rows: float = math.inf  # about as many of its rows are for measuring curvatures
 
     @classmethod
     def load(cls, model: BoundModel, data: ShardedDataset, chunks: Sequence[int]) -> "Subsample":

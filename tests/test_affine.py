@@ -134,5 +134,53 @@ def test_tangents_are_taken_as_many_at_a_time_as_memory_allows(bound, monkeypatc
     model, batch = bound(*AFFINE["effects"])
     of = work(model.model.dim, 3)
     together = of.on_chunk(model, batch).products
-    monkeypatch.setattr(passes, "BYTES_AT_ONCE", 2 * passes.AFFINE_NUMBERS * 8 * ROWS)
+    monkeypatch.setattr(passes, "BYTES_AT_ONCE", 2 * passes.AFFINE_ARRAYS * 8 * ROWS)
     np.testing.assert_allclose(of.on_chunk(model, batch).products, together, rtol=1e-12)
+
+
+# Looked at on every chunk ---------------------------------------------------------------------------------------------
+
+LATE = {
+    "a curve": lambda b, c, x, t: Normal(x @ b + t * (-c).exp(), 1.0),
+    "a corner": lambda b, c, x, t: Normal(x @ b + t * torch.maximum(c, 0 * c + 0.1), 1.0),
+    "a product": lambda b, c, x, t: Normal(x @ b + t * c * b[0], 1.0),
+    "a branch": lambda b, c, x, t: Normal(x @ b + (t * c**2 if t.any() else 0.0), 1.0),
+}
+
+
+@pytest.mark.parametrize("num_points", [1, 3])
+@pytest.mark.parametrize("name", LATE)
+def test_what_bends_in_later_rows_alone_is_seen_there(write, name, num_points):
+    """The first rows, by which a likelihood is judged, do not have it."""
+    rng = np.random.default_rng(0)
+    late = np.arange(2 * ROWS) >= ROWS
+    fields = {"x": rng.standard_normal((2 * ROWS, SLOPES)), "t": late * 1.0, "y": rng.standard_normal(2 * ROWS)}
+    data = write(fields, chunk_rows=ROWS, shard_rows=ROWS)
+    model = bind_to(dadvi.Model({**SLOPE, "c": Normal(0.0, 1.0)}, LATE[name], "y"), data)
+    assert model.affine
+    of = work(model.model.dim, num_points)
+    for chunk in range(2):
+        batch = data.read(chunk)
+        np.testing.assert_allclose(of.on_chunk(model, batch).products, products(model, batch, of), rtol=1e-9, atol=1e-9)
+
+
+def test_predictors_of_very_different_scale_hide_nothing(write):
+    rng = np.random.default_rng(0)
+    fields = {"x": 1.7e9 + 1e7 * rng.random(ROWS), "y": rng.standard_normal(ROWS)}
+    data = write(fields, chunk_rows=ROWS)
+    prior = {"b": Normal(0.0, 1.0), "c": Normal(0.0, 1.0)}
+    model = bind_to(dadvi.Model(prior, lambda b, c, x: Normal(x * b + 3 * torch.sigmoid(c), 1.0), "y"), data)
+    of, batch = work(2, 1), data.read(0)
+    np.testing.assert_allclose(of.on_chunk(model, batch).products, products(model, batch, of), rtol=1e-9)
+
+
+def test_a_chunk_without_any_latent_has_no_curvature(write):
+    late = np.arange(2 * ROWS) >= ROWS
+    data = write({"t": late * 1.0, "y": np.zeros(2 * ROWS)}, chunk_rows=ROWS, shard_rows=ROWS)
+    model = bind_to(
+        dadvi.Model({"c": Normal(0.0, 1.0)}, lambda c, t: Normal(t * c if t.any() else 0 * t, 1.0), "y"), data
+    )
+    of = replace(work(1, 2), held=())
+    found = [of.on_chunk(replace(model, affine=True, strategy="parameters"), data.read(chunk)) for chunk in range(2)]
+    assert not found[0].products.any()
+    np.testing.assert_allclose(found[1].products, -ROWS * of.weights.sum() * of.tangents)

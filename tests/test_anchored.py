@@ -342,6 +342,20 @@ def test_a_subsample_that_sees_every_latent_gives_the_curvature(write, visits):
         assert (visits[-1][3].scales is not None) == (source == "data")
 
 
+def test_a_prior_that_bends_is_averaged_over_q_from_the_first_visit_on(write):
+    """The rows see the effects of few groups well, and the prior alone their scale: its curvature varies over q."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(8, size=4_400)
+    data = write({"g": group, "y": rng.standard_normal(8)[group] + 0.3 * rng.standard_normal(4_400)}, chunk_rows=100)
+    prior = {"tau": HalfNormal(2.0), "u": lambda tau: Normal(torch.zeros(8), tau)}
+    model = dadvi.Model(prior, lambda u, g: Normal(u[g], 0.3), "y")
+    sds = [
+        dadvi.fit(model, data, method=dadvi.Anchored(subsample_rows=rows), client="serial").unconstrained.stddev[0]
+        for rows in (4_000, 4_400)
+    ]
+    assert float(sds[0]) == pytest.approx(float(sds[1]), rel=0.01)
+
+
 # What goes wrong -------------------------------------------------------------------------------------------------
 
 
