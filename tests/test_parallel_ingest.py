@@ -183,7 +183,7 @@ def test_a_failure_waits_for_tasks_that_are_under_way(tmp_path, thread_client, m
         work(tmp_path, item)
 
     with pytest.raises(RuntimeError, match="a mistake"):
-        list(Workers(thread_client, shareable=True, retries=0).map(fail_or_work, range(40)))  # more than a slow machine begins meanwhile
+        list(Workers(thread_client, shareable=True, retries=0).map(fail_or_work, range(40)))
     started, ended = done(tmp_path)
     assert started == ended
     assert 0 < len(ended) < 39
