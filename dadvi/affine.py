@@ -37,11 +37,11 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
     a, b, c = points
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     try:
-        parameters = model.parameters(torch.stack([a, b, c, a + b - c]), batch)[1]  # each (rows or 1, 4)
+        parameters = model.parameters(torch.stack([a, b, c, a + b - c]), batch)[1]  # each (4, rows or 1)
     except Exception:  # noqa: BLE001  points far from the start are no reason to refuse a likelihood
         return False
     return all(
-        value.dim() == 2 and bool(((value.double() @ signs).abs() <= AFFINE * value.abs().amax(1)).all())
+        value.dim() == 2 and bool(((signs @ value.double()).abs() <= AFFINE * value.abs().amax(0)).all())
         for value in parameters.values()
     )
 
@@ -73,19 +73,19 @@ def hessian_products(
         return None
     origin = looked_at[:1]
     bends: dict[tuple[str, str], Tensor] | None = None
-    at_origin = model.parameters(origin, batch)[1]  # each (rows or 1, 1)
+    at_origin = model.parameters(origin, batch)[1]  # each (1, rows or 1)
     products = []
     for part in tangents.split(at_once):
         eta = part.clone()
         eta[:, held] = points[0, held]
-        along = model.parameters(eta.requires_grad_(), batch)[1]  # each (rows or 1, T)
+        along = model.parameters(eta.requires_grad_(), batch)[1]  # each (T, rows or 1)
         pushed = {name: value.detach() - at_origin[name] for name, value in along.items() if value.requires_grad}  # J v
         if bends is None:
             bends = _mean_second_derivatives(model, batch, points, weights, list(pushed)) if pushed else {}
         back: dict[str, Tensor] = {}
         for (a, b), bend in bends.items():
-            of_rows = bend[:, None] * pushed[b]
-            of_rows = of_rows if len(of_rows) == len(pushed[a]) else of_rows.sum(0, keepdim=True)
+            of_rows = bend * pushed[b]
+            of_rows = of_rows if of_rows.shape == pushed[a].shape else of_rows.sum(1, keepdim=True)
             back[a] = back[a] + of_rows if a in back else of_rows
         found = torch.zeros_like(part)
         if back:
@@ -112,7 +112,7 @@ def _is_affine(model: BoundModel, batch: Batch, points: Tensor, held: Sequence[i
     if not parameters:
         return True
     generator = torch.Generator().manual_seed(0)
-    random = [torch.randn(len(value), 1, generator=generator, dtype=value.dtype) for value in parameters.values()]
+    random = [torch.randn(value.shape[1], generator=generator, dtype=value.dtype) for value in parameters.values()]
     (first,) = torch.autograd.grad(weighted(parameters.values(), random), eta, create_graph=True)
     if first.requires_grad:
         along = torch.randn(eta.shape, generator=generator, dtype=eta.dtype)
@@ -128,9 +128,9 @@ def _mean_second_derivatives(
     model: BoundModel, batch: Batch, points: Tensor, weights: Tensor, wanted: list[str]
 ) -> dict[tuple[str, str], Tensor]:
     """Return Σ_k w_k ∂²ℓ_i/∂a∂b (rows,) for each two of the parameters wanted; those that are 0 may be missing."""
-    make, parameters = model.parameters(points, batch)  # each (rows or 1, K)
+    make, parameters = model.parameters(points, batch)  # each (K, rows or 1)
     rows = len(next(iter(batch.values())))
-    own = {name: parameters[name].expand(rows, -1).clone().requires_grad_() for name in wanted}
+    own = {name: parameters[name].expand(-1, rows).clone().requires_grad_() for name in wanted}
     log_lik = model.log_lik_of(make, {**parameters, **own}, batch)
     # Each row and draw has parameters of its own, so that the derivatives of a sum are those of its terms.
     first = torch.autograd.grad(log_lik.sum(), list(own.values()), create_graph=True, materialize_grads=True)
@@ -138,5 +138,5 @@ def _mean_second_derivatives(
     for (a, of_a), b in product(zip(wanted, first, strict=True), wanted):
         if of_a.requires_grad:
             (second,) = torch.autograd.grad(of_a.sum(), own[b], retain_graph=True, materialize_grads=True)
-            found[a, b] = second @ weights.to(second.dtype)
+            found[a, b] = weights.to(second.dtype) @ second
     return found

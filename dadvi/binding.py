@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from dadvi import affine
+from dadvi.batching import DrawsFirst, Pick
 from dadvi.errors import InputError, ModelError
 from dadvi.likelihood import BoundModel, Strategy, concatenated
 from dadvi.model import Model, unvalidated
@@ -68,7 +69,7 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
     _check_additive(bound, [batch for _, batch in chunks])
     _check_gradient(bound, chunks[0][1])
     bound = replace(bound, strategy=_fastest_strategy(bound, chunks[0][1]))
-    bound = replace(bound, affine=_is_affine(bound, chunks[0][1]))
+    bound = replace(bound, affine=_is_affine(bound, chunks[0][1]), picks=_picks(bound, chunks[0][1]))
     return replace(bound, saved_bytes=_saved_bytes(bound, chunks[0][1]))
 
 
@@ -228,6 +229,16 @@ def _fastest_strategy(bound: BoundModel, batch: Batch) -> Strategy:
         ):
             return strategy
     return "loop"
+
+
+def _picks(bound: BoundModel, batch: Batch) -> tuple[Pick, ...]:
+    """Return by which fields of codes the likelihood picks elements of which latents."""
+    latents, _ = bound.model.space.constrain(bound.model.start[None])
+    one = {name: latents[name][0].to(bound.dtype) for name in bound.latents}
+    rows = bound._cast(batch)
+    mode = DrawsFirst(one, rows)
+    bound._call(one, rows, mode)
+    return tuple(mode.picks)
 
 
 def _is_affine(bound: BoundModel, batch: Batch) -> bool:

@@ -12,6 +12,7 @@ fastest of three ways that agrees with calling it once a draw:
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import reduce
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributions import ContinuousBernoulli, Distribution
 
+from dadvi.batching import DrawsFirst, Pick, Picked
 from dadvi.errors import DataError
-from dadvi.model import Model, over_draws, unvalidated
+from dadvi.model import Model, one_by_one, unvalidated
 from dadvi.types import Batch, Latents
 
 Strategy = Literal["parameters", "vmap", "loop"]
@@ -43,6 +45,7 @@ class BoundModel:
     strategy: Strategy = "loop"
     saved_bytes: float = 64.0  # by a differentiation of one row's log-likelihood at one draw, as measured
     affine: bool = False  # whether the parameters of the likelihood's distribution are affine in η
+    picks: tuple[Pick, ...] = ()  # by which fields of codes the likelihood picks elements of which latents
 
     def log_lik(self, eta: Tensor, batch: Batch) -> Tensor:
         """Return Σ_i ℓ_i(η_k) over the batch's rows, (K,) float64, differentiable in η (K, D)."""
@@ -50,23 +53,37 @@ class BoundModel:
         # The empty sum makes it a function of η, with gradient 0, also where the likelihood has no use for latents.
         return self.log_lik_rows(latents, batch).sum(1, dtype=torch.float64) + eta[:, :0].sum(1)
 
-    def log_lik_rows(self, latents: Latents, batch: Batch) -> Tensor:
-        """Return weighted ℓ_i at K draws of the constrained latents, (K, rows) in `dtype`."""
+    def log_lik_rows(self, latents: Latents, batch: Batch, picked: Picked | None = None) -> Tensor:
+        """Return weighted ℓ_i at K draws of the constrained latents, (K, rows) in `dtype`.
+
+        Parameters
+        ----------
+        picked
+            Elements (K, rows, ...) that take the place of those picked from latents.
+
+        """
         used = {name: latents[name].to(self.dtype) for name in self.latents}
-        num_draws = len(next(iter(latents.values())))
+        num_draws, picked = len(next(iter(latents.values()))), picked or {}
         rows = self._cast(batch)
         with unvalidated():
             if not used or num_draws == 1:  # a likelihood free of latents is the same for every draw
-                only = self._log_lik_of_one({name: z[0] for name, z in used.items()}, rows)
-                log_lik = only.expand(num_draws, -1)
+                one = {name: z[0] for name, z in used.items()}
+                mode = DrawsFirst(one, rows, {pick: z[0] for pick, z in picked.items()}) if picked else None
+                log_lik = self._log_lik_of_one(one, rows, mode).expand(num_draws, -1)
             elif self.strategy == "parameters":
-                log_lik = self._score(*self._parameters_of_all(used, rows), rows).T
+                log_lik = self._score(*self._parameters_of_all(used, rows, picked), rows)
+            elif self.strategy == "vmap":
+
+                def of_one(draw: Latents, picked: Picked) -> Tensor:
+                    return self._log_lik_of_one(draw, rows, DrawsFirst(draw, rows, picked))
+
+                log_lik = torch.func.vmap(of_one)(used, picked)
             else:
-                log_lik = over_draws(lambda z: self._log_lik_of_one(z, rows), used, vectorised=self.strategy == "vmap")
+                log_lik = one_by_one(lambda z: self._log_lik_of_one(z, rows), used)
         return log_lik if self.model.weight is None else log_lik * rows[self.model.weight]
 
     def parameters(self, eta: Tensor, batch: Batch) -> tuple[Make, dict[str, Tensor]]:
-        """Return the parameters of the likelihood's distribution at η (K, D), by name, each (rows or 1, K, ...).
+        """Return the parameters of the likelihood's distribution at η (K, D), by name, each (K, rows or 1, ...).
 
         Only with the strategy "parameters".
         """
@@ -76,11 +93,11 @@ class BoundModel:
             return self._parameters_of_all(used, self._cast(batch))
 
     def log_lik_of(self, make: Make, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Return weighted ℓ_i by the parameters of the likelihood's distribution, (rows, K)."""
+        """Return weighted ℓ_i by the parameters of the likelihood's distribution, (K, rows)."""
         rows = self._cast(batch)
         with unvalidated():
             log_lik = self._score(make, parameters, rows)
-        return log_lik if self.model.weight is None else log_lik * rows[self.model.weight][:, None]
+        return log_lik if self.model.weight is None else log_lik * rows[self.model.weight]
 
     def check_rows(self, batch: Batch, first_row: int) -> None:
         """Refuse non-finite fields and observed values outside the support.
@@ -151,23 +168,26 @@ class BoundModel:
         # Integer observations are cast: torch's binary and count densities take floats only.
         return rows[self.model.observed].to(self.dtype)  # type: ignore[index]
 
-    def _call(self, latents: Latents, rows: Batch) -> Any:
-        return self.model.row_function(**latents, **{name: rows[name] for name in self.arguments})
+    def _call(self, latents: Latents, rows: Batch, mode: DrawsFirst | None = None) -> Any:
+        with mode or nullcontext():
+            return self.model.row_function(**latents, **{name: rows[name] for name in self.arguments})
 
-    def _log_lik_of_one(self, latents: Latents, rows: Batch) -> Tensor:
-        result = self._call(latents, rows)
+    def _log_lik_of_one(self, latents: Latents, rows: Batch, mode: DrawsFirst | None = None) -> Tensor:
+        result = self._call(latents, rows, mode)
         if self.strategy == "parameters":
             result = _with_one_row_for_all(result)
         log_lik: Tensor = result if self.model.observed is None else result.log_prob(self._observed(rows))
         return log_lik
 
-    def _parameters_of_all(self, latents: Latents, rows: Batch) -> tuple[Make, dict[str, Tensor]]:
-        """Return the parameters of the likelihood's distribution, computed under vmap, each (rows or 1, K, ...)."""
+    def _parameters_of_all(
+        self, latents: Latents, rows: Batch, picked: Picked | None = None
+    ) -> tuple[Make, dict[str, Tensor]]:
+        """Return the parameters of the likelihood's distribution, computed under vmap, each (K, rows or 1, ...)."""
         make: Make = Distribution
 
-        def parameters(draw: Latents) -> dict[str, Tensor]:
+        def parameters(draw: Latents, picked: Picked) -> dict[str, Tensor]:
             nonlocal make
-            distribution = self._call(draw, rows)
+            distribution = self._call(draw, rows, DrawsFirst(draw, rows, picked))
             make = type(distribution)
             if not _is_its_parameters(distribution):
                 raise TypeError(f"{type(distribution).__name__} cannot be made again from its parameters")
@@ -176,14 +196,16 @@ class BoundModel:
             }
             return given if distribution.batch_shape else {name: value[None] for name, value in given.items()}
 
-        spread = torch.func.vmap(parameters)(latents)
-        # Rows first, as products of rows and latents lie in memory: the other way round log_prob would copy them.
-        return make, {name: value.movedim(0, 1) for name, value in spread.items()}
+        spread = torch.func.vmap(parameters)(latents, picked or {})
+        return make, spread
 
     def _score(self, make: Make, parameters: dict[str, Tensor], rows: Batch) -> Tensor:
-        distribution = _with_one_row_for_all(make(**parameters))
-        log_lik: Tensor = distribution.log_prob(self._observed(rows)[:, None])
-        return log_lik
+        observed = self._observed(rows)
+        # In the order in which they lie in memory: log_prob would copy them the other way round.
+        if any(value.shape[1] > 1 and 0 < value.stride(0) < value.stride(1) for value in parameters.values()):
+            rows_first = make(**{name: value.movedim(0, 1) for name, value in parameters.items()})
+            return _with_one_row_for_all(rows_first).log_prob(observed[:, None]).T
+        return _with_one_row_for_all(make(**parameters), axis=1).log_prob(observed)
 
 
 def _is_its_parameters(distribution: Distribution) -> bool:
@@ -196,8 +218,8 @@ def _is_its_parameters(distribution: Distribution) -> bool:
     return known and not distribution.event_shape
 
 
-def _with_one_row_for_all(distribution: Distribution) -> Distribution:
-    """Return a distribution with one row of those parameters that are the same in every row, such as a scale.
+def _with_one_row_for_all(distribution: Distribution, axis: int = 0) -> Distribution:
+    """Return a distribution with one row, along an axis, of parameters that are the same in every row, such as a scale.
 
     Distributions expand their parameters to a common shape, and log_prob would then take functions of a scale or of
     degrees of freedom, and their derivatives, anew for every row.
@@ -205,8 +227,8 @@ def _with_one_row_for_all(distribution: Distribution) -> Distribution:
     made = copy(distribution)
     for name in made.arg_constraints:
         value = vars(made).get(name)
-        if isinstance(value, Tensor) and value.dim() and len(value) > 1 and value.stride(0) == 0:
-            setattr(made, name, value[:1])
+        if isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] > 1 and value.stride(axis) == 0:
+            setattr(made, name, value.narrow(axis, 0, 1))
     return made
 
 

@@ -139,11 +139,8 @@ def argument_names(function: Callable[..., Any], what: str) -> tuple[tuple[str, 
     return tuple(required), tuple(optional)
 
 
-def over_draws(function: Callable[[Latents], Tensor], latents: Latents, *, vectorised: bool) -> Tensor:
-    """Apply a function of one draw to K draws at once with vmap, or one after the other where vmap cannot."""
-    if vectorised:
-        mapped: Tensor = torch.func.vmap(function)(latents)
-        return mapped
+def one_by_one(function: Callable[[Latents], Tensor], latents: Latents) -> Tensor:
+    """Apply a function of one draw to K draws one after the other, as is done where vmap cannot."""
     num_draws = len(next(iter(latents.values())))
     return torch.stack([function({name: z[k] for name, z in latents.items()}) for k in range(num_draws)])
 
@@ -209,7 +206,10 @@ class _SitePrior:
             density: Tensor = self.spec.log_prob(latents[self.name])
             return density.reshape(len(density), -1).sum(1)
         used = {name: latents[name] for name in (*self.parents, self.name)}
-        return over_draws(self._log_prob_of_one, used, vectorised=self.vectorised)
+        if not self.vectorised:
+            return one_by_one(self._log_prob_of_one, used)
+        mapped: Tensor = torch.func.vmap(self._log_prob_of_one)(used)
+        return mapped
 
     def _log_prob_of_one(self, latents: Latents) -> Tensor:
         return self.distribution(latents).log_prob(latents[self.name]).sum()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dadvi import affine
+from dadvi.batching import pick
 from dadvi.errors import InputError
 from dadvi.likelihood import BoundModel, weighted
 from dadvi.stopwatch import Stopwatch
@@ -141,29 +142,34 @@ class _GradientSummation(Summation[GradientSums]):
     def __init__(self, points: FloatArray, model: BoundModel, watch: Stopwatch) -> None:
         self._model, self._watch = model, watch
         self._eta = torch.tensor(points, requires_grad=True)
-        self._latents, _ = model.model.space.constrain(self._eta)
+        latents, _ = model.model.space.constrain(self._eta)
+        self._outputs = [latents[name] for name in model.latents]
         self._leaves = {
-            name: z.detach().to(model.dtype).requires_grad_(name in model.latents) for name, z in self._latents.items()
+            name: z.detach().to(model.dtype).requires_grad_(name in model.latents) for name, z in latents.items()
         }
-        self._wanted = [self._leaves[name] for name in model.latents]
         self._log_lik = torch.zeros(len(points), dtype=torch.float64)
-        self._grads = [torch.zeros(leaf.shape, dtype=torch.float64) for leaf in self._wanted]
+        self._grads = {name: torch.zeros(self._leaves[name].shape, dtype=torch.float64) for name in model.latents}
 
     def add(self, batch: Batch) -> None:
         """Add the rows of a batch."""
-        log_lik = self._model.log_lik_rows(self._leaves, batch)  # (K, rows)
+        picked = pick(self._model.picks, self._leaves, batch)
+        log_lik = self._model.log_lik_rows(self._leaves, batch, picked)  # (K, rows)
         self._log_lik += log_lik.detach().sum(1, dtype=torch.float64)
         self._watch.lap("forward")
         if log_lik.requires_grad:  # unlike one that is free of latents
-            grads = torch.autograd.grad(log_lik.sum(), self._wanted, allow_unused=True, materialize_grads=True)
-            for total, grad in zip(self._grads, grads, strict=True):
-                total += grad
+            leaves = [*(self._leaves[name] for name in self._grads), *picked.values()]
+            grads = torch.autograd.grad(log_lik.sum(), leaves, allow_unused=True)
+            for total, grad in zip(self._grads.values(), grads[: len(self._grads)], strict=True):
+                if grad is not None:
+                    total += grad
+            for (latent, field), grad in zip(picked, grads[len(self._grads) :], strict=True):
+                if grad is not None:
+                    self._grads[latent].index_add_(1, batch[field], grad.double())
         self._watch.lap("backward")
 
     def sums(self) -> GradientSums:
         """Return the log-likelihoods and gradients over all rows added."""
-        outputs = [self._latents[name] for name in self._model.latents]
-        value = weighted([*outputs, self._eta], [*self._grads, torch.zeros_like(self._eta)])
+        value = weighted([*self._outputs, self._eta], [*self._grads.values(), torch.zeros_like(self._eta)])
         (grad,) = torch.autograd.grad(value, self._eta)
         self._watch.lap("backward")
         return GradientSums(self._log_lik.numpy(), grad.numpy())

@@ -19,6 +19,7 @@ ORDER = [
     "bijections",
     "transforms",
     "model",
+    "batching",
     "likelihood",
     "affine",
     "structure",
