@@ -13,14 +13,16 @@ effects τz, given which logits are affine in z.
 Whether it holds is looked at on every chunk: what bends may touch few rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from dadvi.batching import Pick, Picked, add_gradients, pick
 from dadvi.likelihood import BoundModel, weighted
-from dadvi.types import Batch
+from dadvi.types import Batch, Latents
 
 AFFINE = 1e-9
 """Difference from an affine function, beside the largest value of a row, up to which there is none in float64."""
@@ -36,8 +38,9 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
     """
     a, b, c = points
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    latents, _ = model.model.space.constrain(torch.stack([a, b, c, a + b - c]))
     try:
-        parameters = model.parameters(torch.stack([a, b, c, a + b - c]), batch)[1]  # each (4, rows or 1)
+        parameters = model.parameters(latents, batch)[1]  # each (4, rows or 1)
     except Exception:  # noqa: BLE001  points far from the start are no reason to refuse a likelihood
         return False
     return all(
@@ -46,97 +49,150 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
     )
 
 
-def hessian_products(
-    model: BoundModel,
-    batch: Batch,
-    points: Tensor,
-    weights: Tensor,
-    tangents: Tensor,
-    *,
-    held: Sequence[int] = (),
-    at_once: int,
-) -> Tensor | None:
-    """Return Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t (T, D) for η (K, D), w (K,) and v (T, D); None if parameters are not affine.
+class AffineHessian:
+    """Σ_k w_k Σ_i ∇²ℓ_i(η_k) v_t (T, D), added up over batches whose parameters are affine.
+
+    What grows with D is done once for all batches: these see constrained latents, and of effects those of their rows.
 
     Parameters
     ----------
+    points, weights
+        η (K, D) and w (K,).
+    tangents
+        v (T, D).
     held
         Coordinates that are the same at all points, and 0 in products and tangents.
-    at_once
-        Tangents taken at once.
+    numbers_at_once
+        Of tangents times rows, in float64, that an array may have.
 
     """
-    total = tangents.sum(0, keepdim=True)
-    looked_at = torch.cat([torch.zeros_like(total), total, -total, points])  # J v is by steps of v from the origin
-    looked_at[:, held] = points[0, held]
-    if not _is_affine(model, batch, looked_at, held):
-        return None
-    origin = looked_at[:1]
-    bends: dict[tuple[str, str], Tensor] | None = None
-    at_origin = model.parameters(origin, batch)[1]  # each (1, rows or 1)
-    products = []
-    for part in tangents.split(at_once):
-        eta = part.clone()
-        eta[:, held] = points[0, held]
-        along = model.parameters(eta.requires_grad_(), batch)[1]  # each (T, rows or 1)
-        pushed = {name: value.detach() - at_origin[name] for name, value in along.items() if value.requires_grad}  # J v
-        if bends is None:
-            bends = _mean_second_derivatives(model, batch, points, weights, list(pushed)) if pushed else {}
-        back: dict[str, Tensor] = {}
-        for (a, b), bend in bends.items():
-            of_rows = bend * pushed[b]
-            of_rows = of_rows if of_rows.shape == pushed[a].shape else of_rows.sum(1, keepdim=True)
-            back[a] = back[a] + of_rows if a in back else of_rows
-        found = torch.zeros_like(part)
-        if back:
-            (found,) = torch.autograd.grad(weighted([along[name] for name in back], back.values()), eta)
-            found = _zeroed(found, held)
-        products.append(found)
-    return torch.cat(products)
 
+    def __init__(
+        self,
+        model: BoundModel,
+        points: Tensor,
+        weights: Tensor,
+        tangents: Tensor,
+        *,
+        held: Sequence[int] = (),
+        numbers_at_once: int,
+    ) -> None:
+        self._model, self._weights, self._numbers_at_once = model, weights, numbers_at_once
+        total, still = tangents.sum(0, keepdim=True), list(held)
+        looked_at = torch.cat([torch.zeros_like(total), total, -total, points])  # J v is by steps of v from the origin
+        along = tangents.clone()
+        looked_at[:, still] = along[:, still] = points[0, still]
+        self._along = along.requires_grad_()
+        sites = {site.name: {*range(site.offset, site.offset + site.size)} for site in model.model.space.sites}
+        self._free = [name for name in model.latents if not sites[name] <= set(held)]
+        self._outputs = self._constrained(self._along)
+        self._looked_at, self._points, self._tangents = map(self._leaves, (looked_at, points, along))
+        self._products = {name: torch.zeros_like(self._outputs[name]) for name in self._free}
+        apart = all(sites[name].isdisjoint(held) for name in self._free)
+        self._applies = apart and self._constrains_affinely(looked_at)
 
-def _zeroed(values: Tensor, coordinates: Sequence[int]) -> Tensor:
-    """Return a copy of values (K, D) with 0 at some coordinates."""
-    copy = values.detach().clone()
-    copy[:, coordinates] = 0.0
-    return copy
-
-
-def _is_affine(model: BoundModel, batch: Batch, points: Tensor, held: Sequence[int]) -> bool:
-    """Return whether parameters of these rows have no second derivatives at points (K, D), and the same first ones.
-
-    By random sums over rows. That a second derivative is 0 is known exactly, whatever the scales of coordinates.
-    """
-    eta = points.clone().requires_grad_()
-    parameters = {name: value for name, value in model.parameters(eta, batch)[1].items() if value.requires_grad}
-    if not parameters:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    random = [torch.randn(value.shape[1], generator=generator, dtype=value.dtype) for value in parameters.values()]
-    (first,) = torch.autograd.grad(weighted(parameters.values(), random), eta, create_graph=True)
-    if first.requires_grad:
-        along = torch.randn(eta.shape, generator=generator, dtype=eta.dtype)
-        along[:, held] = 0.0
-        (second,) = torch.autograd.grad((first * along).sum(), eta, allow_unused=True, materialize_grads=True)
-        if _zeroed(second, held).any():
+    def add(self, batch: Batch) -> bool:
+        """Add the rows of a batch, and return True; if parameters are not affine there, return False."""
+        if not (self._applies and self._is_affine(batch)):
             return False
-    first = _zeroed(first, held)
-    return bool(((first - first[0]).abs() <= SAME * first.abs().amax(0)).all())
+        origin = self._parameters({name: z[:1] for name, z in self._looked_at.items()}, batch)  # each (1, rows or 1)
+        bends: dict[tuple[str, str], Tensor] | None = None
+        at_once = max(1, self._numbers_at_once // len(next(iter(batch.values()))))
+        for first in range(0, len(self._along), at_once):
+            some = slice(first, first + at_once)
+            leaves = {name: z[some].requires_grad_(name in self._free) for name, z in self._tangents.items()}
+            picked = self._picked(leaves, batch)
+            along = self._parameters(leaves, batch, picked)  # each (T, rows or 1)
+            # J v of each parameter:
+            pushed = {name: value.detach() - origin[name] for name, value in along.items() if value.requires_grad}
+            if bends is None:
+                bends = self._mean_second_derivatives(batch, list(pushed))
+            back: dict[str, Tensor] = {}
+            for (a, b), bend in bends.items():
+                of_rows = bend * pushed[b]
+                of_rows = of_rows if of_rows.shape == pushed[a].shape else of_rows.sum(1, keepdim=True)
+                back[a] = back[a] + of_rows if a in back else of_rows
+            if back:
+                value = weighted([along[name] for name in back], back.values())
+                wanted = {name: leaves[name] for name in self._free}
+                add_gradients(value, wanted, picked, batch, {name: z[some] for name, z in self._products.items()})
+        return True
+
+    def products(self) -> Tensor:
+        """Return the products (T, D) over all batches added."""
+        value = weighted([*self._outputs.values(), self._along], [*self._products.values(), 0.0 * self._along.detach()])
+        return torch.autograd.grad(value, self._along)[0]
+
+    def _constrained(self, eta: Tensor) -> dict[str, Tensor]:
+        """Return the latents that are not held."""
+        latents, _ = self._model.model.space.constrain(eta)
+        return {name: latents[name] for name in self._free}
+
+    def _leaves(self, eta: Tensor) -> dict[str, Tensor]:
+        """Return the latents of the likelihood, constrained, in its dtype."""
+        latents, _ = self._model.model.space.constrain(eta.detach())
+        return {name: latents[name].to(self._model.dtype) for name in self._model.latents}
+
+    def _picked(self, leaves: Latents, batch: Batch) -> dict[Pick, Tensor]:
+        return pick([each for each in self._model.picks if each[0] in self._free], leaves, batch)
+
+    def _parameters(self, latents: Latents, batch: Batch, picked: Picked | None = None) -> dict[str, Tensor]:
+        return self._model.parameters(latents, batch, picked)[1]
+
+    def _constrains_affinely(self, points: Tensor) -> bool:
+        eta = points.clone().requires_grad_()
+        return _has_same_derivatives(self._constrained(eta).values(), [eta])
+
+    def _is_affine(self, batch: Batch) -> bool:
+        leaves = {name: z.detach().requires_grad_(name in self._free) for name, z in self._looked_at.items()}
+        picked = self._picked(leaves, batch)
+        parameters = self._parameters(leaves, batch, picked)
+        return _has_same_derivatives(parameters.values(), [*(leaves[name] for name in self._free), *picked.values()])
+
+    def _mean_second_derivatives(self, batch: Batch, wanted: list[str]) -> dict[tuple[str, str], Tensor]:
+        """Return Σ_k w_k ∂²ℓ_i/∂a∂b (rows,) for each two of the parameters wanted; those that are 0 may be missing."""
+        if not wanted:
+            return {}
+        make, parameters = self._model.parameters(self._points, batch)  # each (K, rows or 1)
+        rows = len(next(iter(batch.values())))
+        own = {name: parameters[name].expand(-1, rows).clone().requires_grad_() for name in wanted}
+        log_lik = self._model.log_lik_of(make, {**parameters, **own}, batch)
+        # Each row and draw has parameters of its own, so that the derivatives of a sum are those of its terms.
+        first = torch.autograd.grad(log_lik.sum(), list(own.values()), create_graph=True, materialize_grads=True)
+        found = {}
+        for (a, of_a), b in product(zip(wanted, first, strict=True), wanted):
+            if of_a.requires_grad:
+                (second,) = torch.autograd.grad(of_a.sum(), own[b], retain_graph=True, materialize_grads=True)
+                found[a, b] = self._weights.to(second.dtype) @ second
+        return found
 
 
-def _mean_second_derivatives(
-    model: BoundModel, batch: Batch, points: Tensor, weights: Tensor, wanted: list[str]
-) -> dict[tuple[str, str], Tensor]:
-    """Return Σ_k w_k ∂²ℓ_i/∂a∂b (rows,) for each two of the parameters wanted; those that are 0 may be missing."""
-    make, parameters = model.parameters(points, batch)  # each (K, rows or 1)
-    rows = len(next(iter(batch.values())))
-    own = {name: parameters[name].expand(-1, rows).clone().requires_grad_() for name in wanted}
-    log_lik = model.log_lik_of(make, {**parameters, **own}, batch)
-    # Each row and draw has parameters of its own, so that the derivatives of a sum are those of its terms.
-    first = torch.autograd.grad(log_lik.sum(), list(own.values()), create_graph=True, materialize_grads=True)
-    found = {}
-    for (a, of_a), b in product(zip(wanted, first, strict=True), wanted):
-        if of_a.requires_grad:
-            (second,) = torch.autograd.grad(of_a.sum(), own[b], retain_graph=True, materialize_grads=True)
-            found[a, b] = weights.to(second.dtype) @ second
-    return found
+def _has_same_derivatives(outputs: Iterable[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Return whether outputs (P, ...) have no second derivatives at inputs (P, ...), and the same first ones at all P.
+
+    By random sums. That a second derivative is 0 is known exactly, whatever the scales of coordinates.
+    """
+    outputs = [output for output in outputs if output.requires_grad]
+    if not outputs:
+        return True
+    value = weighted(outputs, (_random(output) for output in outputs))
+    # An input of no use, such as all effects of groups where those of the rows were picked, has no gradient: not zeros.
+    grads: Sequence[Tensor | None] = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+    first = [grad for grad in grads if grad is not None]
+    bent = [grad for grad in first if grad.requires_grad]
+    if bent:
+        second: Sequence[Tensor | None]
+        second = torch.autograd.grad(weighted(bent, (_random(each) for each in bent)), inputs, allow_unused=True)
+        if any(grad is not None and grad.any() for grad in second):
+            return False
+    return all(bool(((each - each[0]).abs() <= SAME * each.abs().amax(0)).all()) for each in first)
+
+
+def _random(like: Tensor) -> Tensor:
+    """Return random numbers for one of P points, the same whenever they are asked for."""
+    return _normal(like[0].numel(), like.dtype).reshape(like[0].shape)
+
+
+@lru_cache(maxsize=16)
+def _normal(number: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(number, generator=torch.Generator().manual_seed(0), dtype=dtype)

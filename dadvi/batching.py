@@ -8,7 +8,7 @@ An effect that is picked by a field of codes, `u[group]`, is told from all other
 of their own, whose gradients are added up where they belong, and no chunk has a gradient for groups that it lacks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -83,6 +83,19 @@ def pick(picks: Iterable[Pick], latents: Latents, batch: Batch) -> dict[Pick, Te
         for latent, field in picks
         if latents[latent].shape[1] > len(batch[field]) and _select(batch[field], latents[latent].shape[1])
     }
+
+
+def add_gradients(value: Tensor, leaves: Latents, picked: Picked, batch: Batch, totals: Latents) -> None:
+    """Add the gradient of a scalar with respect to latents (K, ...), and to what was picked from them, to totals."""
+    # What is of no use has no gradient, such as all effects where those of the rows were picked.
+    grads: Sequence[Tensor | None]
+    grads = torch.autograd.grad(value, [*leaves.values(), *picked.values()], allow_unused=True)
+    for latent, grad in zip(leaves, grads[: len(leaves)], strict=True):
+        if grad is not None:
+            totals[latent].add_(grad)
+    for (latent, field), grad in zip(picked, grads[len(leaves) :], strict=True):
+        if grad is not None:
+            totals[latent].index_add_(1, batch[field], grad.to(totals[latent].dtype))
 
 
 def _are_codes(field: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from dadvi import affine
+from dadvi.affine import AffineHessian, has_affine_parameters
 from dadvi.batching import DrawsFirst, Pick
 from dadvi.errors import InputError, ModelError
 from dadvi.likelihood import BoundModel, Strategy, concatenated
@@ -249,11 +249,12 @@ def _is_affine(bound: BoundModel, batch: Batch) -> bool:
     noise = torch.from_numpy(random_stream(0, Purpose.CHECK, 1).standard_normal((6, model.dim)))
     points, tangents = model.start + 0.1 * noise[:2], noise[2:3]
     eta = points.clone().requires_grad_()
-    if not affine.has_affine_parameters(replace(bound, dtype=torch.float64), batch, FAR * noise[3:]):
+    if not has_affine_parameters(replace(bound, dtype=torch.float64), batch, FAR * noise[3:]):
         return False
-    products = affine.hessian_products(bound, batch, points, weights, tangents, at_once=1)
-    if products is None:
+    hessian = AffineHessian(bound, points, weights, tangents, numbers_at_once=CHECK_ROWS)
+    if not hessian.add(batch):
         return False
+    products = hessian.products()
     (grad,) = torch.autograd.grad(weights @ bound.log_lik(eta, batch), eta, create_graph=True)
     reference = torch.autograd.grad((grad * tangents).sum(), eta)[0].sum(0) if grad.requires_grad else 0 * eta[0]
     return bool(((products[0] - reference).abs() <= AFFINE_AGREEMENT * reference.abs().max()).all())

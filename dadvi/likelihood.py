@@ -82,15 +82,16 @@ class BoundModel:
                 log_lik = one_by_one(lambda z: self._log_lik_of_one(z, rows), used)
         return log_lik if self.model.weight is None else log_lik * rows[self.model.weight]
 
-    def parameters(self, eta: Tensor, batch: Batch) -> tuple[Make, dict[str, Tensor]]:
-        """Return the parameters of the likelihood's distribution at η (K, D), by name, each (K, rows or 1, ...).
+    def parameters(
+        self, latents: Latents, batch: Batch, picked: Picked | None = None
+    ) -> tuple[Make, dict[str, Tensor]]:
+        """Return the parameters of the likelihood's distribution at K draws, by name, each (K, rows or 1, ...).
 
-        Only with the strategy "parameters".
+        Only with the strategy "parameters". The arguments are those of `log_lik_rows`.
         """
-        latents, _ = self.model.space.constrain(eta)
         used = {name: latents[name].to(self.dtype) for name in self.latents}
         with unvalidated():
-            return self._parameters_of_all(used, self._cast(batch))
+            return self._parameters_of_all(used, self._cast(batch), picked)
 
     def log_lik_of(self, make: Make, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         """Return weighted ℓ_i by the parameters of the likelihood's distribution, (K, rows)."""

@@ -25,7 +25,7 @@ CHUNKS_IN_HAND = 2
 LIVE = 4.0
 """Bytes that a differentiation has at once, over those that it saved on the way forward."""
 
-ARRAYS_OF_DRAWS, ARRAYS_OF_TANGENTS = 8, 3
+ARRAYS_OF_DRAWS, ARRAYS_OF_TANGENTS = 8, 5
 """Arrays of draws times coordinates (points, latents, gradients, sums of these), and of tangents times coordinates."""
 
 SHARE = 4

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dadvi import affine
-from dadvi.batching import pick
+from dadvi.affine import AffineHessian
+from dadvi.batching import add_gradients, pick
 from dadvi.errors import InputError
 from dadvi.likelihood import BoundModel, weighted
 from dadvi.stopwatch import Stopwatch
@@ -157,14 +157,8 @@ class _GradientSummation(Summation[GradientSums]):
         self._log_lik += log_lik.detach().sum(1, dtype=torch.float64)
         self._watch.lap("forward")
         if log_lik.requires_grad:  # unlike one that is free of latents
-            leaves = [*(self._leaves[name] for name in self._grads), *picked.values()]
-            grads = torch.autograd.grad(log_lik.sum(), leaves, allow_unused=True)
-            for total, grad in zip(self._grads.values(), grads[: len(self._grads)], strict=True):
-                if grad is not None:
-                    total += grad
-            for (latent, field), grad in zip(picked, grads[len(self._grads) :], strict=True):
-                if grad is not None:
-                    self._grads[latent].index_add_(1, batch[field], grad.double())
+            leaves = {name: self._leaves[name] for name in self._grads}
+            add_gradients(log_lik.sum(), leaves, picked, batch, self._grads)
         self._watch.lap("backward")
 
     def sums(self) -> GradientSums:
@@ -200,24 +194,55 @@ class HessianVector(Pass[HessianSums]):
 
     def on_chunk(self, model: BoundModel, batch: Batch) -> HessianSums:
         """Return the products of one chunk."""
-        (num_points, dim), rows = self.points.shape, len(next(iter(batch.values())))
-        weights = np.full(num_points, 1 / num_points) if self.weights is None else self.weights
-        tangents = torch.from_numpy(self.tangents)
-        products = None
-        if model.affine or self.held:
-            # Of tangents there are some arrays with a number for every row, and some with one for every coordinate.
-            at_once = max(1, BYTES_AT_ONCE // (8 * AFFINE_ARRAYS * max(rows, dim)))
-            arguments = (model, batch, torch.from_numpy(self.points), torch.from_numpy(weights), tangents)
-            products = affine.hessian_products(*arguments, held=self.held, at_once=at_once)
-        if products is not None:
-            return HessianSums(products.numpy())
-        if num_points == 1 and dim <= rows:
-            products = weights[0] * _products_side_by_side(model, batch, torch.from_numpy(self.points), tangents)
-        else:
-            eta = torch.tensor(self.points, requires_grad=True)
-            log_lik = torch.from_numpy(weights) @ model.log_lik(eta, batch)
-            products = hessian_products(log_lik, eta, tangents, model.saved_bytes * num_points * rows)
+        total = self.over(model, Stopwatch())
+        total.add(batch)
+        return total.sums()
+
+    def over(self, model: BoundModel, watch: Stopwatch) -> Summation[HessianSums]:
+        """Return a summation that has no rows yet."""
+        return _HessianSummation(self, model, watch)
+
+
+class _HessianSummation(Summation[HessianSums]):
+    """Products where parameters are affine, and where they are not."""
+
+    def __init__(self, work: HessianVector, model: BoundModel, watch: Stopwatch) -> None:
+        self._model, self._watch = model, watch
+        self._points, self._tangents = torch.from_numpy(work.points), torch.from_numpy(work.tangents)
+        num_points = len(work.points)
+        self._weights = torch.from_numpy(np.full(num_points, 1 / num_points) if work.weights is None else work.weights)
+        self._affine = None
+        if model.affine or work.held:
+            self._affine = AffineHessian(
+                model,
+                self._points,
+                self._weights,
+                self._tangents,
+                held=work.held,
+                numbers_at_once=BYTES_AT_ONCE // (8 * AFFINE_ARRAYS),
+            )
+        self._products = torch.zeros_like(self._tangents)
+
+    def add(self, batch: Batch) -> None:
+        """Add the rows of a batch."""
+        if self._affine is None or not self._affine.add(batch):
+            self._products += self._differentiated(batch)
+        self._watch.lap("forward")
+
+    def sums(self) -> HessianSums:
+        """Return the products over all rows added."""
+        products = self._products if self._affine is None else self._products + self._affine.products()
+        self._watch.lap("forward")
         return HessianSums(products.numpy())
+
+    def _differentiated(self, batch: Batch) -> Tensor:
+        """Return the products of one batch, by differentiating its log-likelihood twice."""
+        (num_points, dim), rows = self._points.shape, len(next(iter(batch.values())))
+        if num_points == 1 and dim <= rows:
+            return self._weights[0] * _products_side_by_side(self._model, batch, self._points, self._tangents)
+        eta = self._points.clone().requires_grad_()
+        log_lik = self._weights @ self._model.log_lik(eta, batch)
+        return hessian_products(log_lik, eta, self._tangents, self._model.saved_bytes * num_points * rows)
 
 
 def _products_side_by_side(model: BoundModel, batch: Batch, point: Tensor, tangents: Tensor) -> Tensor:

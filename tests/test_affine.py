@@ -23,6 +23,7 @@ import dadvi
 from dadvi import passes
 from dadvi.binding import bind_to
 from dadvi.passes import HessianVector
+from dadvi.stopwatch import Stopwatch
 
 ROWS, SLOPES, GROUPS = 60, 3, 4
 
@@ -185,3 +186,60 @@ def test_a_chunk_without_any_latent_has_no_curvature(write):
     found = [of.on_chunk(replace(model, affine=True, strategy="parameters"), data.read(chunk)) for chunk in range(2)]
     assert not found[0].products.any()
     np.testing.assert_allclose(found[1].products, -ROWS * of.weights.sum() * of.tangents)
+
+
+# Effects of many groups -----------------------------------------------------------------------------------------------
+
+MANY = {
+    "tau": HalfNormal(1.0),
+    "s": HalfNormal(torch.ones(2)),
+    "b": Normal(torch.zeros(SLOPES), 1.0),
+    "z": Normal(torch.zeros(5 * ROWS), 1.0),
+}
+
+
+def given_scales(bound, held_of, num_points=3):
+    """Products given coordinates that are the same at all points, of effects of more groups than there are rows."""
+    model, batch = bound(
+        MANY, lambda tau, s, b, z, x, g: Bernoulli(logits=s[0] * s[1] * (x @ b) + tau * z[g]), "yes", weight="w"
+    )
+    assert not model.affine
+    of = work(model.model.dim, num_points)
+    of.points[:, held_of] = of.points[0, held_of]
+    of.tangents[:, held_of] = 0.0
+    exact = products(model, batch, of)
+    exact[:, held_of] = 0.0
+    found = replace(of, held=tuple(held_of)).on_chunk(model, batch).products
+    found[:, held_of] = 0.0  # by differentiation they are what they are
+    return found, exact
+
+
+def test_products_given_the_scales_that_are_held(bound):
+    found, exact = given_scales(bound, [0, 1, 2])
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("held_of", [[0], [0, 1]], ids=["not all scales", "half of a latent"])
+def test_products_where_too_little_is_held_are_right_all_the_same(bound, held_of):
+    found, exact = given_scales(bound, held_of)
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_no_array_of_a_batch_has_an_element_for_every_group(bound, monkeypatch):
+    groups = 50 * ROWS
+    model, batch = bound(
+        {**SLOPE, "u": Normal(torch.zeros(groups), 1.0)}, lambda b, u, x, g: Bernoulli(logits=x @ b + u[g]), "yes"
+    )
+    of = work(model.model.dim, 3)
+    summation, sizes, grad = of.over(model, Stopwatch()), [], torch.autograd.grad
+
+    def watched(*arguments, **settings):
+        found = grad(*arguments, **settings)
+        sizes.extend(each.numel() for each in found if each is not None)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    summation.add(batch)
+    assert 0 < max(sizes) <= 6 * ROWS < groups  # at three points, the origin and two more
+    monkeypatch.undo()
+    np.testing.assert_allclose(summation.sums().products, products(model, batch, of), rtol=1e-9, atol=1e-9)

@@ -13,6 +13,7 @@ import dadvi
 from dadvi.batching import NARROW, DrawsFirst, pick
 from dadvi.binding import bind
 from dadvi.passes import Gradient, HessianVector
+from dadvi.stopwatch import Stopwatch
 
 ROWS, GROUPS, ITEMS = 40, 300, 3  # more groups than rows, fewer items
 RNG = np.random.default_rng(0)
@@ -119,7 +120,7 @@ def test_no_gradient_of_a_chunk_has_an_element_for_every_group(monkeypatch):
         return found
 
     bound = bound_to(LOGITS["effects with a scale"])
-    work = Gradient(RNG.standard_normal((2, bound.model.dim))).over(bound, dadvi.stopwatch.Stopwatch())
+    work = Gradient(RNG.standard_normal((2, bound.model.dim))).over(bound, Stopwatch())
     monkeypatch.setattr(torch.autograd, "grad", watched)
     work.add(BATCH)
     assert max(sizes) == 2 * ROWS < 2 * GROUPS
