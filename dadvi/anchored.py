@@ -66,6 +66,9 @@ COUPLED = 0.1
 """How much nearer a search gets, after the warm start, where there are groups: a scale that effects share follows all
 their sds, slowly."""
 
+OF_WHAT_IS_LEFT = 0.3
+"""How near a search on a surrogate gets, of the distance that its round leaves anyway."""
+
 ELBO_NOISE = 1e-7
 """Relative error of an ELBO from float32 rows: a smaller fall is no fall."""
 
@@ -99,7 +102,8 @@ class Anchored:
     ----------
     subsample_rows
         Rows of the resident subsample, rounded to whole chunks; None for the largest of 20 000, 200 for each dense
-        coordinate, and 6 √(N D). Of those, curvatures are measured on 20 000, or 200 for each dense coordinate.
+        coordinate, and 6 √(N D); where there are effects of groups all rows of these chunks. Of those, curvatures are
+        measured on 20 000, or 200 for each dense coordinate.
     num_draws
         K, draws of q at which expectations of the likelihood are taken, besides its mean; None for as many, from 4 to
         64, as keep K times coordinates times rows of the subsample within 2 million: small data have wide, skewed
@@ -273,15 +277,21 @@ class _Rounds:
                 "groups that a mean-field family has; use method=ADVI(control_variate='anchor')"
             )
         self.structure: Structure = structure
+        rows = None
         if subsample_rows is None:
             num_dense = len(structure.dense)
             enough = max(SUBSAMPLE_ROWS, ROWS_PER_COORDINATE * num_dense)
             rows = max(enough, int(ROOT_ROWS * math.sqrt(manifest.num_rows * num_dense)))
             more = sampling.subsample(manifest, sampling.chunks_for(manifest, rows), self.seed)
             self.subsample = replace(self.subsample, curvature_rows=enough).extended(data, more.tolist())
+        self._rows_of_subsample = self.subsample.num_rows
         self.factor = manifest.num_chunks / len(self.subsample.batches)
         if self.factor == 1:  # the fit is exact, and so are its curvatures
             self.subsample = replace(self.subsample, curvature_rows=math.inf)
+        elif rows is not None and not structure.groups.numel():  # of each group there are few rows: all are of use
+            part = self.subsample.top(math.ceil(rows / len(self.subsample.batches)))
+            self.factor *= self.subsample.num_rows / part.num_rows
+            self.subsample = part
 
     # From and to the journal -----------------------------------------------------------------------------------------
 
@@ -345,12 +355,16 @@ class _Rounds:
         What the local model lacks makes rounds converge linearly, such as third-order terms in a hierarchy; once they
         are near, acceleration takes its place.
         """
-        here, unit = state.here, state.start.unit
+        here, unit, near = state.here, state.start.unit, self._search.near
+        if isinstance(
+            here.local, Surrogate
+        ):  # a round leaves about √(D/n) of the distance, however near the search gets
+            left = math.sqrt(self.prior.dim / self.subsample.num_rows) if self.factor > 1 else 0.0
+            first = distance(here.q, here.seen.target(here.q), here.seen.curvature.stddev)
+            near = max(near, OF_WHAT_IS_LEFT * left * first / SOLVED)
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
         for radius in (math.inf, state.radius) if state.radius == FARTHEST else (state.radius,):
-            q, seen = solve(
-                self.prior, here.local, here.q, here.seen, state.start.noise, self._search.near, radius, unit
-            )
+            q, seen = solve(self.prior, here.local, here.q, here.seen, state.start.noise, near, radius, unit)
             if distance(here.q, q, unit) <= state.radius:
                 break
         far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > state.radius / 2
@@ -450,7 +464,7 @@ class _Rounds:
 
     def _passes(self, rows_read: int) -> float:
         """Return the rows read, those of the subsample included, over N."""
-        return (rows_read + self.subsample.num_rows) / self.executor.data.num_rows
+        return (rows_read + self._rows_of_subsample) / self.executor.data.num_rows
 
     def record(self, state: _State, there: _Visit, phase: str = "round") -> _State:
         """Return the state with a row in the trace for a visit, and report the row."""
@@ -463,7 +477,7 @@ class _Rounds:
             phase=phase,
             step=state.visits,
             passes=self._passes(rows_read),
-            rows_read=rows_read + self.subsample.num_rows,
+            rows_read=rows_read + self._rows_of_subsample,
             seconds=self._seconds,
             elbo=elbo,
             **asdict(self.executor.profile),

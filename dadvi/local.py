@@ -245,14 +245,23 @@ class Noise:
         if log_prior.requires_grad:  # unlike a flat prior's
             of_prior = torch.autograd.grad(log_prior, prior_eta)[0] / self.prior.weights[:, None]
             grad, errors = grad + self.prior.mean(of_prior), errors + self.prior.errors(of_prior)
-        if known is None:
-            bend = local.hessian(q.transform(self.curvature.nodes), self.curvature.weights)
-            bend_prior = prior_hessian(prior, Rule(prior_eta, self.prior.weights), bend.structure)
-            curvature = Curvature.of(-(bend + bend_prior))
-        else:
-            bend, curvature = known.bend, known.curvature
+        bends = known or self.bends(prior, local, q)
         sampled = float(self.likelihood.mean(log_lik) + log_prior.detach() + q.entropy())
-        return Expectations(curvature, bend, sampled - self._error(bend, q), sampled, grad, errors)
+        return self._seen(bends, q, sampled, grad, errors)
+
+    def bends(self, prior: Model, local: LocalModel, q: Gaussian) -> Bends:
+        """Return the second derivatives of log π that q sees."""
+        bend = local.hessian(q.transform(self.curvature.nodes), self.curvature.weights)
+        around = Rule(q.transform(self.prior.nodes), self.prior.weights)
+        return Bends(Curvature.of(-(bend + prior_hessian(prior, around, bend.structure))), bend)
+
+    def curved(self, prior: Model, local: LocalModel, q: Gaussian, seen: Expectations) -> Expectations:
+        """Return what q sees, with second derivatives measured there, and the rest as it was seen."""
+        return self._seen(self.bends(prior, local, q), q, seen.sampled, seen.grad, seen.grad_errors)
+
+    def _seen(self, bends: Bends, q: Gaussian, sampled: float, grad: Tensor, errors: Tensor) -> Expectations:
+        elbo = sampled - self._error(bends.bend, q)
+        return Expectations(bends.curvature, bends.bend, elbo, sampled, grad, errors)
 
     @property
     def narrow(self) -> bool:
@@ -338,12 +347,12 @@ def solve(
             if found is None and fresh:
                 break
         if found is None:
-            seen, measured, fresh, history = noise.expectations(prior, local, q), q, True, exact
+            seen, measured, fresh, history = noise.curved(prior, local, q, seen), q, True, exact
             continue
         step, look = found
         outgrown = not distance(step, look.target(step), look.curvature.stddev) < CONTRACTION * length
         try:
-            seen = noise.expectations(prior, local, step) if outgrown else look
+            seen = noise.curved(prior, local, step, look) if outgrown else look
         except ModelError:  # so far out that log π has no finite curvature
             radius, history = distance(origin, step, unit) / 4, []
             continue
@@ -351,7 +360,7 @@ def solve(
             measured, history = step, exact
         q = step
         fresh = measured is q or (noise.narrow and distance(measured, q, seen.curvature.stddev) < 1)
-    return q, seen if fresh else noise.expectations(prior, local, q)
+    return q, seen if fresh else noise.curved(prior, local, q, seen)
 
 
 def distance(q: Gaussian, other: Gaussian, unit: Tensor) -> float:

@@ -94,7 +94,7 @@ class Subsample:
         """The part of S on which curvatures are measured: they cost more than gradients, and steer the search only."""
         if self.curvature_rows >= self.num_rows:
             return self
-        return self.top(math.ceil(self.curvature_rows / len(self.batches)))
+        return replace(self.top(math.ceil(self.curvature_rows / len(self.batches))), curvature_rows=math.inf)
 
     @property
     def num_rows(self) -> int:
@@ -123,13 +123,10 @@ class Subsample:
 
     def top(self, num_rows: int) -> "Subsample":
         """Return the subsample of the first rows of each chunk, so many of them at most."""
-        return Subsample(
-            self.model,
-            {
-                chunk: {name: values[:num_rows] for name, values in batch.items()}
-                for chunk, batch in self.batches.items()
-            },
-        )
+        batches = {
+            chunk: {name: values[:num_rows] for name, values in batch.items()} for chunk, batch in self.batches.items()
+        }
+        return replace(self, batches=batches)
 
     def each(self, work: Pass[Sums]) -> list[Sums]:
         """Return the sums of a pass over each chunk of S, as many at a time as there are cores."""

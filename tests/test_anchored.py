@@ -19,6 +19,7 @@ from dadvi.families import Gaussian
 from dadvi.local import distance
 from dadvi.quadrature import Rule
 from dadvi.sharding import sampling
+from dadvi.subsample import Subsample
 
 fit_module = importlib.import_module("dadvi.fit")  # dadvi.fit is the function
 
@@ -269,6 +270,22 @@ def test_correlated_logistic_regression_in_three_passes(write, visits, rows):
     for (_, _, certificate, _), truth in zip(visits, truths, strict=True):
         if 0.01 < certificate.max < 1:
             assert 0.5 < certificate.max / truth < 2
+
+
+def test_of_large_chunks_no_more_rows_than_asked_for_are_computed_with(write, visits, monkeypatch):
+    fields = logistic_fields(160_000, 2)
+    data = write(fields, chunk_rows=10_000, shard_rows=40_000)
+    sizes = []
+    run = Subsample.run
+    monkeypatch.setattr(Subsample, "run", lambda self, work: (sizes.append(self.num_rows), run(self, work))[1])
+    posterior = dadvi.fit(logistic_model(2), data, client="serial", tol=0.1)
+    assert max(sizes) == 20_000
+    assert posterior.passes == 0.5 + len(visits)  # S was read from 8 of 16 chunks
+    mean_error, sd_error = errors(posterior, *logistic_optimum(**fields))
+    assert posterior.status == "converged"
+    assert mean_error < 0.1
+    assert sd_error < 0.03
+    assert_elbo_never_falls(posterior)
 
 
 def test_raw_collinear_predictors(write):

@@ -312,6 +312,44 @@ def test_solve_ends_at_the_closed_form_optimum(write, name, family):
         np.testing.assert_allclose(q.covariance_matrix.numpy() / scale, target.covariance / scale, atol=2 * tol)
 
 
+class Watched:
+    """A local model that notes where it was evaluated."""
+
+    def __init__(self, local):
+        self.local, self.asked = local, []
+
+    def __getattr__(self, name):
+        return getattr(self.local, name)
+
+    def log_lik(self, eta):
+        self.asked.append(eta)
+        return self.local.log_lik(eta)
+
+
+def test_solve_evaluates_no_gaussian_twice(write):
+    executor = executor_of(logistic_model(3), write(logistic_fields(), chunk_rows=48))
+    q = Gaussian(MeanField(), {"loc": normal(3, seed=1) + 1.0, "log_scale": torch.full((3,), -1.0).double()})
+    local = Watched(whole(executor))
+    search(executor.model.model, local, q, random_noise(3), 1e-4)
+    assert len(local.asked) > 3
+    assert len({tuple(eta.flatten().tolist()) for eta in local.asked}) == len(local.asked)
+
+
+def test_curvature_measured_where_the_rest_was_seen_is_that_of_looking_anew(logistic):
+    _, executor = logistic
+    prior, local, noise = executor.model.model, whole(executor), random_noise(3)
+    here, there = (
+        Gaussian(MeanField(), {"loc": normal(3, seed=i), "log_scale": normal(3, seed=i + 1)}) for i in (1, 5)
+    )
+    known = noise.expectations(prior, local, here)
+    seen, anew = noise.expectations(prior, local, there, known=known), noise.expectations(prior, local, there)
+    assert not torch.allclose(seen.curvature.stddev, anew.curvature.stddev, rtol=1e-3)
+    curved = noise.curved(prior, local, there, seen)
+    assert (curved.elbo, curved.sampled) == (anew.elbo, anew.sampled)
+    torch.testing.assert_close(curved.curvature.stddev, anew.curvature.stddev, rtol=0, atol=0)
+    torch.testing.assert_close(curved.grad, anew.grad, rtol=0, atol=0)
+
+
 def test_solve_goes_as_far_as_its_radius(write):
     target = targets.linear_regression(num_rows=203)
     executor = executor_of(target.model(), write(target.fields, chunk_rows=48))

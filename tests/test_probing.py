@@ -27,6 +27,7 @@ def fields(seed=0):
         "x": rng.standard_normal((ROWS, 3)),
         "t": rng.standard_normal(ROWS),
         "y": rng.integers(0, 2, ROWS),
+        "late": 1.0 * (np.arange(ROWS) % 100 >= 20),  # in its chunk
     }
 
 
@@ -128,6 +129,31 @@ def test_two_latents_of_the_same_groups_join(find):
     assert structure.dense.tolist() == at["tau"].tolist()
     assert structure.hubs.tolist() == [True]
     assert_right(structure, subsample)
+
+
+def test_effects_that_curve_together_in_late_rows_alone_are_no_groups(find, monkeypatch):
+    monkeypatch.setattr(probing, "FEW_ROWS", 20)
+    model = dadvi.Model(
+        prior={"effect": Normal(torch.zeros(J), 1.0)},
+        likelihood=lambda effect, g, also, late: Bernoulli(logits=effect[g] + late * effect[also]),
+        observed="y",
+    )
+    structure, subsample, _ = find(model)
+    assert structure.groups.numel() == 0
+    assert_right(structure, subsample)
+
+
+def test_what_few_rows_show_to_be_no_groups_is_not_looked_for_in_more(find, monkeypatch):
+    monkeypatch.setattr(probing, "FEW_ROWS", 20)
+    asked, run = [], Subsample.run
+    monkeypatch.setattr(Subsample, "run", lambda self, work: (asked.append(self.num_rows), run(self, work))[1])
+    model = dadvi.Model(
+        prior={"beta": Normal(torch.zeros(J), 1.0)},
+        likelihood=lambda beta, t: Bernoulli(logits=t * beta.sum()),
+        observed="y",
+    )
+    assert find(model)[0].groups.numel() == 0
+    assert set(asked) == {4 * 20}
 
 
 @pytest.mark.parametrize("rows_first", [True, False])
