@@ -32,7 +32,7 @@ from dadvi.clients import (
 )
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
-from dadvi.memory import Need
+from dadvi.memory import Need, keep_freed_memory
 from dadvi.passes import Pass, tree_sum
 from dadvi.sharding import ShardedDataset
 from dadvi.sharding.cache import ChunkCache
@@ -356,6 +356,7 @@ class _Context:
     """What every task of an executor shares on a worker."""
 
     def __init__(self, model: BoundModel, data: ShardedDataset, need: Need) -> None:
+        keep_freed_memory()
         self.model, self.data, self.need = model, data, need
         self.cache = ChunkCache(data, need.room(_worker_memory()))
 

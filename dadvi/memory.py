@@ -5,6 +5,8 @@ chunks kept for the next pass. Python, torch and Dask themselves come on top, ab
 their files.
 """
 
+import ctypes
+import os
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -30,6 +32,26 @@ ARRAYS_OF_DRAWS, ARRAYS_OF_TANGENTS = 8, 5
 
 SHARE = 4
 """Without a budget it is this part of the memory that there is."""
+
+
+LARGEST_FROM_HEAP, KEPT_FREE = 2**25, 2**26
+"""Bytes of an array up to which it comes from the heap, and of free heap that is kept: where glibc gets by itself."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed arrays for the next ones, as it learns to do where nothing else is set.
+
+    Dask's nanny sets MALLOC_TRIM_THRESHOLD_ for its worker, so that memory is given back early, and with it glibc no
+    longer learns: every array of more than 128 KiB is mapped anew, page by page, and a pass at 8 draws or more takes
+    twice as long. A threshold for mapping that the user has set, MALLOC_MMAP_THRESHOLD_, is left as it is.
+    """
+    glibc = "CS_GNU_LIBC_VERSION" in os.confstr_names and os.confstr("CS_GNU_LIBC_VERSION")
+    if glibc and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE)
 
 
 def parse_budget(budget: Budget) -> int | None:

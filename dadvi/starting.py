@@ -31,9 +31,6 @@ WARM_ROWS, WARM_ROWS_PER_COORDINATE, WARM_ROWS_PER_EFFECT = 4_000, 50, 5
 """Rows of the part of the subsample on which the search for a start begins, or for each dense coordinate if more; and
 for each effect of a group in addition."""
 
-WARM_SLICES = 4
-"""Batches into which these rows are cut: as many cores may take part."""
-
 WARM_DISTANCE = 10.0
 """The start is near enough to the subsample's optimum when a thirtieth of this many of its posterior sds away."""
 
@@ -124,8 +121,7 @@ class Search:
         center = Rule.equal(torch.zeros(1, self.model.dim, dtype=torch.float64))
         warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
         warm_rows += WARM_ROWS_PER_EFFECT * self.structure.groups.numel()
-        few = self.subsample.part(warm_rows).top(warm_rows)
-        warm = warm_start(few.sliced(WARM_SLICES) if few.num_rows == warm_rows else few, self.structure, self.seed)
+        warm = warm_start(self.subsample.part(warm_rows).top(warm_rows), self.structure, self.seed)
         alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
         warm, seen_alone = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE)
         warn_if_ordered(self.subsample, warm.loc)

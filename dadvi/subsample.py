@@ -36,7 +36,7 @@ WARM_START_DRAWS, WARM_START_NUMBERS = 16, 2**18
 """Draws of the warm start: fewer in many dimensions, where together they have about `WARM_START_NUMBERS` numbers."""
 
 WARM_START_ROUNDS = 8
-ROUND_ITERATIONS, ROUND_SETTLED = 50, 1e-6
+ROUND_ITERATIONS, ROUND_SETTLED = 50, 1e-5
 """Iterations of a round at most, and the relative change of the ELBO in one that ends it: the next sees better."""
 
 LARGEST_CHANGE = 2.0
@@ -208,6 +208,9 @@ def _improve(
         return negative_elbo(x)[0]
 
     log_scale = _first_log_scale(narrowed_by, model, center)
+    value, grad = negative_elbo(x)
+    if 0.5 * float(np.square(grad[: model.dim]).sum()) < SETTLED_NATS:  # what Newton's step would gain
+        return whitening.member(theta_at(x)), -value
     unit = _first_step(negative_elbo, x, model.dim, np.exp(log_scale))  # L-BFGS tries a step of length 1 first
     solution = scipy.optimize.minimize(
         negative_elbo,
