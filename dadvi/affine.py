@@ -20,8 +20,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from dadvi.batching import Pick, Picked, add_gradients, pick
-from dadvi.likelihood import BoundModel, weighted
+from dadvi.batching import Pick, add_gradients, pick
+from dadvi.likelihood import BoundModel, Make, weighted
 from dadvi.types import Batch, Latents
 
 AFFINE = 1e-9
@@ -47,6 +47,10 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
         value.dim() == 2 and bool(((signs @ value.double()).abs() <= AFFINE * value.abs().amax(0)).all())
         for value in parameters.values()
     )
+
+
+LOOKED_AT = 3
+"""Points beside those of the Hessian that are looked at: the origin and two others."""
 
 
 class AffineHessian:
@@ -79,34 +83,38 @@ class AffineHessian:
     ) -> None:
         self._model, self._weights, self._numbers_at_once = model, weights, numbers_at_once
         total, still = tangents.sum(0, keepdim=True), list(held)
-        looked_at = torch.cat([torch.zeros_like(total), total, -total, points])  # J v is by steps of v from the origin
+        looked_at = torch.cat([torch.zeros_like(total), total, -total, points])  # J v is by steps of v from the first
         along = tangents.clone()
         looked_at[:, still] = along[:, still] = points[0, still]
         self._along = along.requires_grad_()
         sites = {site.name: {*range(site.offset, site.offset + site.size)} for site in model.model.space.sites}
         self._free = [name for name in model.latents if not sites[name] <= set(held)]
         self._outputs = self._constrained(self._along)
-        self._looked_at, self._points, self._tangents = map(self._leaves, (looked_at, points, along))
+        self._looked_at, self._tangents = self._leaves(looked_at), self._leaves(along)
         self._products = {name: torch.zeros_like(self._outputs[name]) for name in self._free}
         apart = all(sites[name].isdisjoint(held) for name in self._free)
         self._applies = apart and self._constrains_affinely(looked_at)
 
     def add(self, batch: Batch) -> bool:
         """Add the rows of a batch, and return True; if parameters are not affine there, return False."""
-        if not (self._applies and self._is_affine(batch)):
+        if not self._applies:
             return False
-        origin = self._parameters({name: z[:1] for name, z in self._looked_at.items()}, batch)  # each (1, rows or 1)
+        make, parameters, same = self._looked_at_rows(batch)
+        if not same:
+            return False
+        origin = {name: value[:1] for name, value in parameters.items()}  # each (1, rows or 1)
+        at_points = {name: value[LOOKED_AT:] for name, value in parameters.items()}
         bends: dict[tuple[str, str], Tensor] | None = None
         at_once = max(1, self._numbers_at_once // len(next(iter(batch.values()))))
         for first in range(0, len(self._along), at_once):
             some = slice(first, first + at_once)
             leaves = {name: z[some].requires_grad_(name in self._free) for name, z in self._tangents.items()}
             picked = self._picked(leaves, batch)
-            along = self._parameters(leaves, batch, picked)  # each (T, rows or 1)
+            _, along = self._model.parameters(leaves, batch, picked)  # each (T, rows or 1)
             # J v of each parameter:
             pushed = {name: value.detach() - origin[name] for name, value in along.items() if value.requires_grad}
             if bends is None:
-                bends = self._mean_second_derivatives(batch, list(pushed))
+                bends = self._mean_second_derivatives(make, at_points, batch, list(pushed))
             back: dict[str, Tensor] = {}
             for (a, b), bend in bends.items():
                 of_rows = bend * pushed[b]
@@ -136,24 +144,28 @@ class AffineHessian:
     def _picked(self, leaves: Latents, batch: Batch) -> dict[Pick, Tensor]:
         return pick([each for each in self._model.picks if each[0] in self._free], leaves, batch)
 
-    def _parameters(self, latents: Latents, batch: Batch, picked: Picked | None = None) -> dict[str, Tensor]:
-        return self._model.parameters(latents, batch, picked)[1]
-
     def _constrains_affinely(self, points: Tensor) -> bool:
         eta = points.clone().requires_grad_()
         return _has_same_derivatives(self._constrained(eta).values(), [eta])
 
-    def _is_affine(self, batch: Batch) -> bool:
+    def _looked_at_rows(self, batch: Batch) -> tuple[Make, dict[str, Tensor], bool]:
+        """Return what makes the distribution, its parameters at all that is looked at, and whether they are affine."""
         leaves = {name: z.detach().requires_grad_(name in self._free) for name, z in self._looked_at.items()}
         picked = self._picked(leaves, batch)
-        parameters = self._parameters(leaves, batch, picked)
-        return _has_same_derivatives(parameters.values(), [*(leaves[name] for name in self._free), *picked.values()])
+        make, parameters = self._model.parameters(leaves, batch, picked)
+        inputs = [*(leaves[name] for name in self._free), *picked.values()]
+        same = _has_same_derivatives(parameters.values(), inputs)
+        return make, {name: value.detach() for name, value in parameters.items()}, same
 
-    def _mean_second_derivatives(self, batch: Batch, wanted: list[str]) -> dict[tuple[str, str], Tensor]:
-        """Return Σ_k w_k ∂²ℓ_i/∂a∂b (rows,) for each two of the parameters wanted; those that are 0 may be missing."""
+    def _mean_second_derivatives(
+        self, make: Make, parameters: dict[str, Tensor], batch: Batch, wanted: list[str]
+    ) -> dict[tuple[str, str], Tensor]:
+        """Return Σ_k w_k ∂²ℓ_i/∂a∂b (rows,) for each two of the parameters wanted; those that are 0 may be missing.
+
+        `parameters` are those at the points, each (K, rows or 1).
+        """
         if not wanted:
             return {}
-        make, parameters = self._model.parameters(self._points, batch)  # each (K, rows or 1)
         rows = len(next(iter(batch.values())))
         own = {name: parameters[name].expand(-1, rows).clone().requires_grad_() for name in wanted}
         log_lik = self._model.log_lik_of(make, {**parameters, **own}, batch)
