@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
 
 from dadvi.affine import AffineHessian, has_affine_parameters
 from dadvi.batching import DrawsFirst, Pick
 from dadvi.errors import InputError, ModelError
-from dadvi.likelihood import BoundModel, Strategy, concatenated
+from dadvi.likelihood import BoundModel, Strategy, concatenated, fixed_support
 from dadvi.model import Model, unvalidated
 from dadvi.passes import single_thread
 from dadvi.sharding import ShardedDataset
@@ -70,6 +71,7 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
     _check_gradient(bound, chunks[0][1])
     bound = replace(bound, strategy=_fastest_strategy(bound, chunks[0][1]))
     bound = replace(bound, affine=_is_affine(bound, chunks[0][1]), picks=_picks(bound, chunks[0][1]))
+    bound = replace(bound, support=_support(bound, chunks[0][1]))
     return replace(bound, saved_bytes=_saved_bytes(bound, chunks[0][1]))
 
 
@@ -229,6 +231,15 @@ def _fastest_strategy(bound: BoundModel, batch: Batch) -> Strategy:
         ):
             return strategy
     return "loop"
+
+
+def _support(bound: BoundModel, batch: Batch) -> tuple[str, Constraint] | None:
+    """Return the support of the likelihood's distribution, and its name, if one holds for all rows and latents."""
+    if bound.model.observed is None:
+        return None
+    distribution = bound.at_start(batch)
+    support = fixed_support(distribution)
+    return None if support is None else (type(distribution).__name__, support)
 
 
 def _picks(bound: BoundModel, batch: Batch) -> tuple[Pick, ...]:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributions import ContinuousBernoulli, Distribution
+from torch.distributions.constraints import Constraint
 
 from dadvi.batching import DrawsFirst, Pick, Picked
 from dadvi.errors import DataError
@@ -46,6 +47,7 @@ class BoundModel:
     saved_bytes: float = 64.0  # by a differentiation of one row's log-likelihood at one draw, as measured
     affine: bool = False  # whether the parameters of the likelihood's distribution are affine in η
     picks: tuple[Pick, ...] = ()  # by which fields of codes the likelihood picks elements of which latents
+    support: tuple[str, Constraint] | None = None  # of which distribution, where it is the same whatever its parameters
 
     def log_lik(self, eta: Tensor, batch: Batch) -> Tensor:
         """Return Σ_i ℓ_i(η_k) over the batch's rows, (K,) float64, differentiable in η (K, D)."""
@@ -140,22 +142,29 @@ class BoundModel:
         """Refuse observed values outside the support of the likelihood's distribution at the start, as `check_rows`."""
         if self.model.observed is None:
             return
-        start, _ = self.model.space.constrain(self.model.start[None])
-        rows = self._cast(batch)
-        with unvalidated():
-            distribution = self._call({name: start[name][0].to(self.dtype) for name in self.latents}, rows)
-            observed = self._observed(rows)
-            try:
-                support = distribution.support
-            except NotImplementedError:  # a distribution of the user's that does not tell
-                return
-            inside = support.check(observed)
+        observed = self._observed(self._cast(batch))
+        if self.support is not None:
+            kind, support = self.support
+        else:
+            distribution = self.at_start(batch)
+            kind = type(distribution).__name__
+            with unvalidated():
+                try:
+                    support = distribution.support
+                except NotImplementedError:  # a distribution of the user's that does not tell
+                    return
+        inside = support.check(observed)
         inside = inside.expand(observed.shape[: inside.dim()] if inside.dim() else observed.shape[:1])
         if inside.dim() > 1:
             inside = inside.flatten(1).all(1)
-        support_of = f"the support of {type(distribution).__name__}"
-        what = f"observed field {self.model.observed!r} has {{count}} rows outside {support_of}"
+        what = f"observed field {self.model.observed!r} has {{count}} rows outside the support of {kind}"
         _refuse(~inside, observed, first_row, what, "choose a likelihood whose support holds them, or mend the data")
+
+    def at_start(self, batch: Batch) -> Any:
+        """Return what the likelihood returns for these rows at the start."""
+        start, _ = self.model.space.constrain(self.model.start[None])
+        with unvalidated():
+            return self._call({name: start[name][0].to(self.dtype) for name in self.latents}, self._cast(batch))
 
     def _cast(self, batch: Batch) -> dict[str, Tensor]:
         return {
@@ -207,6 +216,13 @@ class BoundModel:
             rows_first = make(**{name: value.movedim(0, 1) for name, value in parameters.items()})
             return _with_one_row_for_all(rows_first).log_prob(observed[:, None]).T
         return _with_one_row_for_all(make(**parameters), axis=1).log_prob(observed)
+
+
+def fixed_support(distribution: Distribution) -> Constraint | None:
+    """Return the support of a distribution of torch that does not depend on its parameters; None if it may."""
+    support = getattr(type(distribution), "support", None)
+    known = type(distribution).__module__.startswith("torch.distributions.")
+    return support if known and isinstance(support, Constraint) and not isinstance(support, property) else None
 
 
 def _is_its_parameters(distribution: Distribution) -> bool:

@@ -433,6 +433,25 @@ def test_a_distribution_without_a_support_is_scored_as_it_is():
     torch.testing.assert_close(bind_rows(model, BATCH).log_lik(eta, BATCH), expected)
 
 
+def test_a_support_that_no_parameter_moves_is_checked_without_calling_the_likelihood():
+    calls = []
+
+    def likelihood(b, x):
+        calls.append(len(x))
+        return Bernoulli(logits=x @ b)
+
+    bound = bind_rows(dadvi.Model(B, likelihood, "flag"), BATCH)
+    calls.clear()
+    bound.check_rows(BATCH, 0)
+    flags = BATCH["flag"].long()
+    flags[22] = 2
+    with pytest.raises(DataError, match=r"'flag' has 1 rows outside the support of Bernoulli, the first in row 122"):
+        bound.check_rows({**BATCH, "flag": flags}, 100)
+    assert not calls
+    moves = dadvi.Model(B, lambda b, x, trials: Binomial(trials, logits=x @ b), "count")
+    assert bind_rows(moves, BATCH).support is None
+
+
 def test_supports_with_bounds_from_the_latents():
     # Uniform(-s, s) with s about 0.8 at the start: rows beyond have density 0 there
     model = dadvi.Model({"s": HalfNormal(1.0)}, lambda s: Uniform(-s, s), "real")
