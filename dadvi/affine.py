@@ -14,7 +14,6 @@ Whether it holds is looked at on every chunk: what bends may touch few rows.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import product
 
 import torch
@@ -26,6 +25,9 @@ from dadvi.types import Batch, Latents
 
 AFFINE = 1e-9
 """Difference from an affine function, beside the largest value of a row, up to which there is none in float64."""
+
+OTHER_POINTS = 3
+"""Points that are looked at before those of the Hessian: the origin and two others."""
 
 SAME = 1e-3
 """Relative difference up to which two sums over rows are taken for the same, in float32."""
@@ -47,10 +49,6 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
         value.dim() == 2 and bool(((signs @ value.double()).abs() <= AFFINE * value.abs().amax(0)).all())
         for value in parameters.values()
     )
-
-
-LOOKED_AT = 3
-"""Points beside those of the Hessian that are looked at: the origin and two others."""
 
 
 class AffineHessian:
@@ -87,25 +85,27 @@ class AffineHessian:
         along = tangents.clone()
         looked_at[:, still] = along[:, still] = points[0, still]
         self._along = along.requires_grad_()
-        sites = {site.name: {*range(site.offset, site.offset + site.size)} for site in model.model.space.sites}
-        self._free = [name for name in model.latents if not sites[name] <= set(held)]
+        sites = {site.name: site for site in model.model.space.sites}
+        num_held = {name: sum(0 <= each - sites[name].offset < sites[name].size for each in held) for name in sites}
+        self._free = [name for name in model.latents if num_held[name] < sites[name].size]
         self._outputs = self._constrained(self._along)
         self._looked_at, self._tangents = self._leaves(looked_at), self._leaves(along)
         self._products = {name: torch.zeros_like(self._outputs[name]) for name in self._free}
-        apart = all(sites[name].isdisjoint(held) for name in self._free)
+        self._normals: dict[tuple[int, int], Tensor] = {}  # by place and length
+        apart = all(num_held[name] == 0 for name in self._free)
         self._applies = apart and self._constrains_affinely(looked_at)
 
     def add(self, batch: Batch) -> bool:
         """Add the rows of a batch, and return True; if parameters are not affine there, return False."""
         if not self._applies:
             return False
-        make, parameters, same = self._looked_at_rows(batch)
-        if not same:
+        make, parameters, affine = self._looked_at_rows(batch)
+        if not affine:
             return False
         origin = {name: value[:1] for name, value in parameters.items()}  # each (1, rows or 1)
-        at_points = {name: value[LOOKED_AT:] for name, value in parameters.items()}
+        at_points = {name: value[OTHER_POINTS:] for name, value in parameters.items()}
         bends: dict[tuple[str, str], Tensor] | None = None
-        at_once = max(1, self._numbers_at_once // len(next(iter(batch.values()))))
+        at_once = max(1, self._numbers_at_once // self._longest(batch))
         for first in range(0, len(self._along), at_once):
             some = slice(first, first + at_once)
             leaves = {name: z[some].requires_grad_(name in self._free) for name, z in self._tangents.items()}
@@ -128,7 +128,8 @@ class AffineHessian:
 
     def products(self) -> Tensor:
         """Return the products (T, D) over all batches added."""
-        value = weighted([*self._outputs.values(), self._along], [*self._products.values(), 0.0 * self._along.detach()])
+        # The empty product makes it a function of the tangents also where all latents are held.
+        value = weighted(self._outputs.values(), self._products.values()) if self._free else self._along[:, :0].sum()
         return torch.autograd.grad(value, self._along)[0]
 
     def _constrained(self, eta: Tensor) -> dict[str, Tensor]:
@@ -141,12 +142,18 @@ class AffineHessian:
         latents, _ = self._model.model.space.constrain(eta.detach())
         return {name: latents[name].to(self._model.dtype) for name in self._model.latents}
 
+    def _longest(self, batch: Batch) -> int:
+        """Return the numbers that the longest array of a batch has for each tangent."""
+        picked = {latent for latent, _ in self._picked({name: z[:1] for name, z in self._tangents.items()}, batch)}
+        sizes = [self._tangents[name][0].numel() for name in self._free if name not in picked]
+        return max(len(next(iter(batch.values()))), *sizes, 0)
+
     def _picked(self, leaves: Latents, batch: Batch) -> dict[Pick, Tensor]:
         return pick([each for each in self._model.picks if each[0] in self._free], leaves, batch)
 
     def _constrains_affinely(self, points: Tensor) -> bool:
         eta = points.clone().requires_grad_()
-        return _has_same_derivatives(self._constrained(eta).values(), [eta])
+        return self._have_same_derivatives(self._constrained(eta).values(), [eta])
 
     def _looked_at_rows(self, batch: Batch) -> tuple[Make, dict[str, Tensor], bool]:
         """Return what makes the distribution, its parameters at all that is looked at, and whether they are affine."""
@@ -154,8 +161,8 @@ class AffineHessian:
         picked = self._picked(leaves, batch)
         make, parameters = self._model.parameters(leaves, batch, picked)
         inputs = [*(leaves[name] for name in self._free), *picked.values()]
-        same = _has_same_derivatives(parameters.values(), inputs)
-        return make, {name: value.detach() for name, value in parameters.items()}, same
+        affine = self._have_same_derivatives(parameters.values(), inputs)
+        return make, {name: value.detach() for name, value in parameters.items()}, affine
 
     def _mean_second_derivatives(
         self, make: Make, parameters: dict[str, Tensor], batch: Batch, wanted: list[str]
@@ -178,33 +185,31 @@ class AffineHessian:
                 found[a, b] = self._weights.to(second.dtype) @ second
         return found
 
+    def _have_same_derivatives(self, outputs: Iterable[Tensor], inputs: Sequence[Tensor]) -> bool:
+        """Return whether outputs (P, ...) have no second derivatives at inputs (P, ...), and the same first ones.
 
-def _has_same_derivatives(outputs: Iterable[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Return whether outputs (P, ...) have no second derivatives at inputs (P, ...), and the same first ones at all P.
+        By random sums. That a second derivative is 0 is known exactly, whatever the scales of coordinates.
+        """
+        outputs = [output for output in outputs if output.requires_grad]
+        if not outputs:
+            return True
+        value = weighted(outputs, (self._normal(place, output) for place, output in enumerate(outputs)))
+        # An input of no use has no gradient, such as all effects of groups where those of the rows were picked.
+        grads: Sequence[Tensor | None] = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+        first = [grad for grad in grads if grad is not None]
+        bent = [grad for grad in first if grad.requires_grad]
+        if bent:
+            directions = (self._normal(place, grad) for place, grad in enumerate(bent, len(outputs)))
+            second: Sequence[Tensor | None]
+            second = torch.autograd.grad(weighted(bent, directions), inputs, allow_unused=True)
+            if any(grad is not None and grad.any() for grad in second):
+                return False
+        return all(bool(((each - each[0]).abs() <= SAME * each.abs().amax(0)).all()) for each in first)
 
-    By random sums. That a second derivative is 0 is known exactly, whatever the scales of coordinates.
-    """
-    outputs = [output for output in outputs if output.requires_grad]
-    if not outputs:
-        return True
-    value = weighted(outputs, (_random(output) for output in outputs))
-    # An input of no use, such as all effects of groups where those of the rows were picked, has no gradient: not zeros.
-    grads: Sequence[Tensor | None] = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
-    first = [grad for grad in grads if grad is not None]
-    bent = [grad for grad in first if grad.requires_grad]
-    if bent:
-        second: Sequence[Tensor | None]
-        second = torch.autograd.grad(weighted(bent, (_random(each) for each in bent)), inputs, allow_unused=True)
-        if any(grad is not None and grad.any() for grad in second):
-            return False
-    return all(bool(((each - each[0]).abs() <= SAME * each.abs().amax(0)).all()) for each in first)
-
-
-def _random(like: Tensor) -> Tensor:
-    """Return random numbers for one of P points, the same whenever they are asked for."""
-    return _normal(like[0].numel(), like.dtype).reshape(like[0].shape)
-
-
-@lru_cache(maxsize=16)
-def _normal(number: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(number, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    def _normal(self, place: int, like: Tensor) -> Tensor:
+        """Return normal numbers for one of P points, independent of other places' and the same for all batches."""
+        shape, number = like[0].shape, like[0].numel()
+        if (place, number) not in self._normals:
+            generator = torch.Generator().manual_seed(place)
+            self._normals[place, number] = torch.randn(number, generator=generator, dtype=like.dtype)
+        return self._normals[place, number].reshape(shape)

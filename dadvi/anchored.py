@@ -289,7 +289,7 @@ class _Rounds:
         if self.factor == 1:  # the fit is exact, and so are its curvatures
             self.subsample = replace(self.subsample, curvature_rows=math.inf)
         elif rows is not None and not structure.groups.numel():  # of each group there are few rows: all are of use
-            part = self.subsample.top(math.ceil(rows / len(self.subsample.batches)))
+            part = self.subsample.top(math.ceil(rows / len(self.subsample.batches))).copied()
             self.factor *= self.subsample.num_rows / part.num_rows
             self.subsample = part
 
@@ -355,13 +355,7 @@ class _Rounds:
         What the local model lacks makes rounds converge linearly, such as third-order terms in a hierarchy; once they
         are near, acceleration takes its place.
         """
-        here, unit, near = state.here, state.start.unit, self._search.near
-        if isinstance(
-            here.local, Surrogate
-        ):  # a round leaves about √(D/n) of the distance, however near the search gets
-            left = math.sqrt(self.prior.dim / self.subsample.num_rows) if self.factor > 1 else 0.0
-            first = distance(here.q, here.seen.target(here.q), here.seen.curvature.stddev)
-            near = max(near, OF_WHAT_IS_LEFT * left * first / SOLVED)
+        here, unit, near = state.here, state.start.unit, self._near(state.here)
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
         for radius in (math.inf, state.radius) if state.radius == FARTHEST else (state.radius,):
             q, seen = solve(self.prior, here.local, here.q, here.seen, state.start.noise, near, radius, unit)
@@ -374,6 +368,18 @@ class _Rounds:
         history = (*state.history, iterate(here.q, q, unit))[-DEPTH - 1 :]
         faster = accelerated_member(here.q, history, unit)
         return _Aim(q, seen, gain, history) if faster is None else _Aim(faster, None, gain, history)
+
+    def _near(self, here: _Visit) -> float:
+        """Return the tolerance of the search from here.
+
+        A round on a surrogate leaves about √(D/n) of the distance, however near its search gets.
+        """
+        near = self._search.near
+        if self.factor == 1 or self.structure.groups.numel() or not isinstance(here.local, Surrogate):
+            return near
+        left = min(1.0, math.sqrt(self.prior.dim / self.subsample.num_rows))
+        first = distance(here.q, here.seen.target(here.q), here.seen.curvature.stddev)
+        return max(near, OF_WHAT_IS_LEFT * left * first / SOLVED)
 
     def judge(self, state: _State, aim: _Aim) -> _State:
         """Return the state with the certificate of where it stands, and a row of the trace that tells it."""

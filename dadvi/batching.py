@@ -32,14 +32,14 @@ _PRODUCTS: tuple[Any, ...] = (torch.Tensor.matmul, torch.matmul, torch.Tensor.mv
 class DrawsFirst(TorchFunctionMode):
     """Where entered, takes narrow products `x @ b` as `b @ x.T`, and `u[i]` by `index_select`, for i a field of codes.
 
-    Values and derivatives are the same.
+    Values and derivatives are the same but for rounding.
 
     Parameters
     ----------
     latents, fields
         The arguments of a likelihood, as it is called where this is entered.
     picked
-        What some picks are to yield, (rows, ...) each.
+        What some picks are to yield, (rows, ...) each: where a latent itself is picked from, by a field itself.
 
     """
 
@@ -68,7 +68,7 @@ class DrawsFirst(TorchFunctionMode):
             pick = self._latents[id(values)], self._codes[id(codes)]
             self.picks[pick] = None
             if pick in self._picked:
-                return self._picked[pick]
+                return self._picked[pick].clone()  # which the likelihood may change
         return torch.index_select(values, 0, codes) if _select(codes, len(values)) else values[codes]
 
 

@@ -4,7 +4,8 @@ A pass at an anchor η₀, the mean of q, gives the full-data log-likelihood and
 value and gradient at the anchor and is cheap elsewhere:
 
 - `Surrogate`: a resident subsample S of m of C chunks, scaled, and tilted to the anchor's gradient:
-  (C/m) ℓ_S(η) + ⟨G₀ − (C/m) ∇ℓ_S(η₀), η − η₀⟩ + const. With it, each round multiplies the error by about
+  (C/m) ℓ_S(η) + ⟨G₀ − (C/m) ∇ℓ_S(η₀), η − η₀⟩ + const; where S has first rows of its chunks only, C/m is multiplied by
+  what these leave out. With it, each round multiplies the error by about
   √(D / rows in S), whatever N (SVRG: Johnson & Zhang 2013; surrogate likelihood: Jordan, Lee & Yang 2019);
 - `Taylor`: an expansion of the log-likelihood, its derivatives averaged over q and its Hessian measured on all the data
   in the same pass. It costs G + C tangents, and is for latents that S hardly sees, such as the effects of many groups.
@@ -71,7 +72,7 @@ class Surrogate:
 
     subsample: Subsample
     structure: Structure  # of the Hessian
-    factor: float  # C/m
+    factor: float  # what scales a sum over S up to all the data
     anchor: Tensor  # η₀ (D,)
     tilt: Tensor  # (D,)
     offset: float

@@ -7,6 +7,7 @@ their files.
 
 import ctypes
 import os
+import platform
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -27,7 +28,7 @@ CHUNKS_IN_HAND = 2
 LIVE = 4.0
 """Bytes that a differentiation has at once, over those that it saved on the way forward."""
 
-ARRAYS_OF_DRAWS, ARRAYS_OF_TANGENTS = 8, 5
+ARRAYS_OF_DRAWS, ARRAYS_OF_TANGENTS = 8, 8
 """Arrays of draws times coordinates (points, latents, gradients, sums of these), and of tangents times coordinates."""
 
 SHARE = 4
@@ -37,18 +38,21 @@ SHARE = 4
 LARGEST_FROM_HEAP, KEPT_FREE = 2**25, 2**26
 """Bytes of an array up to which it comes from the heap, and of free heap that is kept: where glibc gets by itself."""
 
+SET_BY_NANNY = "65536"
+"""Dask's default of MALLOC_TRIM_THRESHOLD_."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed arrays for the next ones, as it learns to do where nothing else is set.
+    """Have glibc keep the memory of freed arrays for the next ones, as it learns to do where nothing is set.
 
     Dask's nanny sets MALLOC_TRIM_THRESHOLD_ for its worker, so that memory is given back early, and with it glibc no
     longer learns: every array of more than 128 KiB is mapped anew, page by page, and a pass at 8 draws or more takes
-    twice as long. A threshold for mapping that the user has set, MALLOC_MMAP_THRESHOLD_, is left as it is.
+    twice as long. What a user has set is left as it is.
     """
-    glibc = "CS_GNU_LIBC_VERSION" in os.confstr_names and os.confstr("CS_GNU_LIBC_VERSION")
-    if glibc and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    by_nanny = os.environ.get("MALLOC_TRIM_THRESHOLD_") == SET_BY_NANNY and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+    if by_nanny and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
         libc.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE)

@@ -221,18 +221,21 @@ class _HessianSummation(Summation[HessianSums]):
                 held=work.held,
                 numbers_at_once=BYTES_AT_ONCE // (8 * AFFINE_ARRAYS),
             )
-        self._products = torch.zeros_like(self._tangents)
+        self._differently: Tensor | None = None  # products of batches whose parameters are not affine
 
     def add(self, batch: Batch) -> None:
         """Add the rows of a batch."""
         if self._affine is None or not self._affine.add(batch):
-            self._products += self._differentiated(batch)
-        self._watch.lap("forward")
+            products = self._differentiated(batch)
+            self._differently = products if self._differently is None else self._differently + products
+        self._watch.lap("backward")
 
     def sums(self) -> HessianSums:
         """Return the products over all rows added."""
-        products = self._products if self._affine is None else self._products + self._affine.products()
-        self._watch.lap("forward")
+        products = torch.zeros_like(self._tangents) if self._affine is None else self._affine.products()
+        if self._differently is not None:
+            products += self._differently
+        self._watch.lap("backward")
         return HessianSums(products.numpy())
 
     def _differentiated(self, batch: Batch) -> Tensor:

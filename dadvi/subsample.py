@@ -1,4 +1,4 @@
-"""The resident subsample S: a few random chunks in memory, and the fit to S alone that a run starts from.
+"""The resident subsample S: rows of a few random chunks in memory, and the fit to S alone that a run starts from.
 
 The warm start is the posterior *given S alone*, unscaled: scales of a hierarchy stay sane, because shrinkage is then
 right for the rows that S has. Its mean lies within about √(N / rows in S) posterior sds of where the run is to end.
@@ -128,6 +128,13 @@ class Subsample:
         }
         return replace(self, batches=batches)
 
+    def copied(self) -> "Subsample":
+        """Return the same rows in memory of their own: of the chunks that they were taken from, nothing is held."""
+        batches = {
+            chunk: {name: values.clone() for name, values in batch.items()} for chunk, batch in self.batches.items()
+        }
+        return replace(self, batches=batches)
+
     def each(self, work: Pass[Sums]) -> list[Sums]:
         """Return the sums of a pass over each chunk of S, as many at a time as there are cores."""
 
@@ -164,8 +171,10 @@ def warm_start(subsample: Subsample, structure: Structure | None, seed: int) -> 
     num_draws = 2 * max(2, min(WARM_START_DRAWS, WARM_START_NUMBERS // model.dim) // 2)
     noise = stratified(num_draws, model.dim, random_stream(seed, Purpose.SUBSAMPLE, 1)).nodes
     q, elbo = _improve(subsample, structure, model.start, noise, seed)
+    # Without a structure the curvature is its diagonal, which does not tell what there is to gain.
+    least_gain = 0.0 if structure is None else SETTLED_NATS
     for _ in range(WARM_START_ROUNDS - 1):
-        better, better_elbo = _improve(subsample, structure, q.loc, noise, seed)
+        better, better_elbo = _improve(subsample, structure, q.loc, noise, seed, least_gain)
         if not better_elbo > elbo + SETTLED_NATS:
             break
         q, elbo = better, better_elbo
@@ -173,9 +182,12 @@ def warm_start(subsample: Subsample, structure: Structure | None, seed: int) -> 
 
 
 def _improve(
-    subsample: Subsample, structure: Structure | None, center: Tensor, noise: Tensor, seed: int
+    subsample: Subsample, structure: Structure | None, center: Tensor, noise: Tensor, seed: int, least_gain: float = 0.0
 ) -> tuple[Gaussian, float]:
-    """Search from N(center, 1/curvature) and return the Gaussian found and its ELBO."""
+    """Search from N(center, 1/curvature) and return the Gaussian found and its ELBO.
+
+    There is no search where Newton's step from the center would gain less than `least_gain` nats.
+    """
     model = subsample.model.model
     tangents = diagonal_probes(model.dim, seed) if structure is None else structure.tangents()
     products = torch.from_numpy(subsample.run(HessianVector(center[None].numpy(), tangents)).products)
@@ -209,7 +221,7 @@ def _improve(
 
     log_scale = _first_log_scale(narrowed_by, model, center)
     value, grad = negative_elbo(x)
-    if 0.5 * float(np.square(grad[: model.dim]).sum()) < SETTLED_NATS:  # what Newton's step would gain
+    if 0.5 * float(np.square(grad[: model.dim]).sum()) < least_gain:
         return whitening.member(theta_at(x)), -value
     unit = _first_step(negative_elbo, x, model.dim, np.exp(log_scale))  # L-BFGS tries a step of length 1 first
     solution = scipy.optimize.minimize(
@@ -266,8 +278,8 @@ def _first_log_scale(negative_elbo: Callable[[float], float], model: Model, cent
 def warn_if_ordered(subsample: Subsample, eta: Tensor) -> None:
     """Warn if the chunks of S differ by more than rows drawn at random would, as in data ordered by time or by label.
 
-    The gradients of whole chunks vary about their mean as much as those of a chunk's even and odd rows differ, if
-    rows stand in random order: an F test with that ratio, coordinate by coordinate.
+    The gradients of chunks, as far as S has them, vary about their mean as much as those of a chunk's even and odd rows
+    differ, if rows stand in random order: an F test with that ratio, coordinate by coordinate.
 
     Parameters
     ----------

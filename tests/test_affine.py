@@ -150,15 +150,25 @@ LATE = {
 }
 
 
+TWO_PARAMETERS = {
+    "bends that cancel": lambda b, c, x, t: Normal(
+        0.1 * (x @ b) + t * 0.05 * (x @ b) ** 2, 3.0 - t * 0.05 * (x @ b) ** 2
+    ),
+    "of a difference of latents": lambda b, c, x, t: Normal(x @ b + t * (b[0] - b[1]) ** 2, 1.0),
+    "of two latents": lambda b, c, x, t: Normal(x @ b + t * (b[0] - c) ** 2, 1.0),
+}
+
+
 @pytest.mark.parametrize("num_points", [1, 3])
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", [*LATE, *TWO_PARAMETERS])
 def test_what_bends_in_later_rows_alone_is_seen_there(write, name, num_points):
     """The first rows, by which a likelihood is judged, do not have it."""
     rng = np.random.default_rng(0)
     late = np.arange(2 * ROWS) >= ROWS
     fields = {"x": rng.standard_normal((2 * ROWS, SLOPES)), "t": late * 1.0, "y": rng.standard_normal(2 * ROWS)}
     data = write(fields, chunk_rows=ROWS, shard_rows=ROWS)
-    model = bind_to(dadvi.Model({**SLOPE, "c": Normal(0.0, 1.0)}, LATE[name], "y"), data)
+    likelihood = {**LATE, **TWO_PARAMETERS}[name]
+    model = bind_to(dadvi.Model({**SLOPE, "c": Normal(0.0, 1.0)}, likelihood, "y"), data)
     assert model.affine
     of = work(model.model.dim, num_points)
     for chunk in range(2):

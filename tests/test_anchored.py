@@ -288,6 +288,21 @@ def test_of_large_chunks_no_more_rows_than_asked_for_are_computed_with(write, vi
     assert_elbo_never_falls(posterior)
 
 
+def test_more_effects_than_rows_of_the_subsample_take_two_passes(write):
+    """With a prior so tight that any rows tell their curvature."""
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 1_200, 800)
+    y = 2.0 + 0.05 * rng.standard_normal(1_200)[group] + rng.standard_normal(800)
+    model = dadvi.Model(
+        {"a": Normal(0.0, 1.0), "u": Normal(torch.zeros(1_200), 0.05)}, lambda a, u, g: Normal(a + u[g], 1.0), "y"
+    )
+    data = write({"g": group, "y": y}, chunk_rows=10, shard_rows=400)
+    posterior = dadvi.fit(model, data, method=dadvi.Anchored(subsample_rows=20), client="serial", tol=0.3)
+    assert posterior.status == "converged"
+    assert set(posterior.trace.phase) == {"round"}
+    assert posterior.passes < 3
+
+
 def test_raw_collinear_predictors(write):
     # An intercept, a calendar year and a 0/1 column as they come: intercept and year are one direction, to 1e-3.
     rng = np.random.default_rng(0)

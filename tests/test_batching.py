@@ -46,6 +46,8 @@ LOGITS = {
     "two fields of one latent": lambda u, group, item: u[group] - u[item],
     "picked, and used in whole": lambda u, group: u[group] - u.mean(),
     "few items": lambda u, a, group, item: u[group] * a[item],
+    "effects that are changed in place": lambda b, u, x, group: u[group].add_(x @ b),
+    "one of two uses changed in place": lambda u, group: u[group].mul_(2.0) * u[group],
     "codes from the end": lambda u, last, group: u[last] + u[group],
     "codes that are computed": lambda u, group, item: u[(group + item) % GROUPS],
     "a slice": lambda u, x: x[:, 0] * u[2] + u[:4].sum() + x @ u[:4],

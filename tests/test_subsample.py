@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.optimize
 import targets
 import torch
 import zarr
@@ -45,6 +46,28 @@ def distance(q, mean, precision):
     """Largest distance of q's mean, in posterior sds."""
     sd = np.sqrt(np.diag(np.linalg.inv(precision)))
     return np.abs((q.loc.numpy() - mean) / sd).max()
+
+
+def test_warm_start_finds_widths_where_the_location_has_nothing_to_gain(write):
+    """At 0 the gradient of u² is 0, and the curvature there is the prior's alone."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(500)
+    model = dadvi.Model({"u": Normal(0.0, 1.0)}, lambda u, x: Normal(u * u * x, 1.0), observed="y")
+    q = warm_start(load(model, write({"x": x, "y": 1.5 * x + rng.standard_normal(500)})), seed=0)
+    assert float(q.stddev[0]) > 0.1
+
+
+def test_warm_start_without_a_structure_searches_in_every_round(write, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 1)) + 0.03 * rng.standard_normal((300, 6))  # all nearly the same
+    y = x @ [3.0, -3.0, 2.0, -2.0, 1.0, -1.0] + rng.standard_normal(300)
+    subsample = load(linear_model(6, 1.0), write({"x": x, "y": y}))
+    rounds, searches = [], []
+    improve, minimize = dadvi.subsample._improve, scipy.optimize.minimize
+    monkeypatch.setattr(dadvi.subsample, "_improve", lambda *a: (rounds.append(1), improve(*a))[1])
+    monkeypatch.setattr(scipy.optimize, "minimize", lambda *a, **k: (searches.append(1), minimize(*a, **k))[1])
+    warm_start_with(subsample, None, 0)
+    assert len(rounds) == len(searches) > 1
 
 
 def test_warm_start_is_the_optimum_given_the_subsample_alone(write):
