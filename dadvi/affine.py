@@ -63,7 +63,7 @@ class AffineHessian:
     tangents
         v (T, D).
     held
-        Coordinates that are the same at all points, and 0 in products and tangents.
+        Coordinates that are the same at all points, and 0 in tangents; in products they are without meaning.
     numbers_at_once
         Of tangents times rows, in float64, that an array may have.
 
@@ -87,13 +87,12 @@ class AffineHessian:
         self._along = along.requires_grad_()
         sites = {site.name: site for site in model.model.space.sites}
         num_held = {name: sum(0 <= each - sites[name].offset < sites[name].size for each in held) for name in sites}
-        self._free = [name for name in model.latents if num_held[name] < sites[name].size]
+        self._free = [name for name in model.latents if num_held[name] < sites[name].size]  # with anything not held
         self._outputs = self._constrained(self._along)
         self._looked_at, self._tangents = self._leaves(looked_at), self._leaves(along)
         self._products = {name: torch.zeros_like(self._outputs[name]) for name in self._free}
         self._normals: dict[tuple[int, int], Tensor] = {}  # by place and length
-        apart = all(num_held[name] == 0 for name in self._free)
-        self._applies = apart and self._constrains_affinely(looked_at)
+        self._applies = self._constrains_affinely(looked_at)
 
     def add(self, batch: Batch) -> bool:
         """Add the rows of a batch, and return True; if parameters are not affine there, return False."""

@@ -176,6 +176,20 @@ def test_what_bends_in_later_rows_alone_is_seen_there(write, name, num_points):
         np.testing.assert_allclose(of.on_chunk(model, batch).products, products(model, batch, of), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("num_points", [1, 3])
+def test_a_positive_latent_that_later_rows_alone_have_is_seen_to_bend(write, num_points):
+    """Parameters are affine in the latent as it is, and not in its coordinate."""
+    rng = np.random.default_rng(0)
+    late = np.arange(2 * ROWS) >= ROWS
+    fields = {"x": rng.standard_normal((2 * ROWS, SLOPES)), "t": late * 1.0, "y": rng.standard_normal(2 * ROWS)}
+    data = write(fields, chunk_rows=ROWS, shard_rows=ROWS)
+    prior = {**SLOPE, "c": HalfNormal(1.0)}
+    model = bind_to(dadvi.Model(prior, lambda b, c, x, t: Normal(x @ b + t * c, 1.0), "y"), data)
+    of, batch = work(model.model.dim, num_points), data.read(1)
+    found = of.on_chunk(replace(model, affine=True), batch).products
+    np.testing.assert_allclose(found, products(model, batch, of), rtol=1e-9, atol=1e-9)
+
+
 def test_predictors_of_very_different_scale_hide_nothing(write):
     rng = np.random.default_rng(0)
     fields = {"x": 1.7e9 + 1e7 * rng.random(ROWS), "y": rng.standard_normal(ROWS)}
