@@ -63,9 +63,10 @@ class AffineHessian:
     tangents
         v (T, D).
     held
-        Coordinates that are the same at all points, and 0 in tangents; in products they are without meaning.
+        Coordinates that are the same at all points, and 0 in products and tangents. All of a latent, or no batch is
+        added.
     numbers_at_once
-        Of tangents times rows, in float64, that an array may have.
+        That an array may have: tangents times rows, or times the elements of a latent that is not picked from.
 
     """
 
@@ -87,12 +88,13 @@ class AffineHessian:
         self._along = along.requires_grad_()
         sites = {site.name: site for site in model.model.space.sites}
         num_held = {name: sum(0 <= each - sites[name].offset < sites[name].size for each in held) for name in sites}
-        self._free = [name for name in model.latents if num_held[name] < sites[name].size]  # with anything not held
+        self._free = [name for name in model.latents if num_held[name] < sites[name].size]
         self._outputs = self._constrained(self._along)
         self._looked_at, self._tangents = self._leaves(looked_at), self._leaves(along)
         self._products = {name: torch.zeros_like(self._outputs[name]) for name in self._free}
-        self._normals: dict[tuple[int, int], Tensor] = {}  # by place and length
-        self._applies = self._constrains_affinely(looked_at)
+        self._normals: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by place, length and dtype
+        wholly = all(num_held[name] == 0 for name in self._free)  # a latent is held as a whole or not at all
+        self._applies, self._added = wholly and self._constrains_affinely(looked_at), False
 
     def add(self, batch: Batch) -> bool:
         """Add the rows of a batch, and return True; if parameters are not affine there, return False."""
@@ -101,6 +103,7 @@ class AffineHessian:
         make, parameters, affine = self._looked_at_rows(batch)
         if not affine:
             return False
+        self._added = True
         origin = {name: value[:1] for name, value in parameters.items()}  # each (1, rows or 1)
         at_points = {name: value[OTHER_POINTS:] for name, value in parameters.items()}
         bends: dict[tuple[str, str], Tensor] | None = None
@@ -127,6 +130,8 @@ class AffineHessian:
 
     def products(self) -> Tensor:
         """Return the products (T, D) over all batches added."""
+        if not self._added:
+            return torch.zeros_like(self._along)
         # The empty product makes it a function of the tangents also where all latents are held.
         value = weighted(self._outputs.values(), self._products.values()) if self._free else self._along[:, :0].sum()
         return torch.autograd.grad(value, self._along)[0]
@@ -207,8 +212,7 @@ class AffineHessian:
 
     def _normal(self, place: int, like: Tensor) -> Tensor:
         """Return normal numbers for one of P points, independent of other places' and the same for all batches."""
-        shape, number = like[0].shape, like[0].numel()
-        if (place, number) not in self._normals:
-            generator = torch.Generator().manual_seed(place)
-            self._normals[place, number] = torch.randn(number, generator=generator, dtype=like.dtype)
-        return self._normals[place, number].reshape(shape)
+        key = place, like[0].numel(), like.dtype
+        if key not in self._normals:
+            self._normals[key] = torch.randn(key[1], generator=torch.Generator().manual_seed(place), dtype=like.dtype)
+        return self._normals[key].reshape(like[0].shape)

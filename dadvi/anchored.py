@@ -289,9 +289,10 @@ class _Rounds:
         if self.factor == 1:  # the fit is exact, and so are its curvatures
             self.subsample = replace(self.subsample, curvature_rows=math.inf)
         elif rows is not None and not structure.groups.numel():  # of each group there are few rows: all are of use
-            part = self.subsample.top(math.ceil(rows / len(self.subsample.batches))).copied()
-            self.factor *= self.subsample.num_rows / part.num_rows
-            self.subsample = part
+            part = self.subsample.top(math.ceil(rows / len(self.subsample.batches)))
+            if part.num_rows < self.subsample.num_rows:
+                self.factor *= self.subsample.num_rows / part.num_rows
+                self.subsample = part.copied()
 
     # From and to the journal -----------------------------------------------------------------------------------------
 
@@ -358,7 +359,8 @@ class _Rounds:
         here, unit, near = state.here, state.start.unit, self._near(state.here)
         # The way to an optimum within the radius may lead beyond it: along a ridge that bends.
         for radius in (math.inf, state.radius) if state.radius == FARTHEST else (state.radius,):
-            q, seen = solve(self.prior, here.local, here.q, here.seen, state.start.noise, near, radius, unit)
+            tol = min(near, radius)
+            q, seen = solve(self.prior, here.local, here.q, here.seen, state.start.noise, tol, radius, unit)
             if distance(here.q, q, unit) <= state.radius:
                 break
         far = distance(here.q, q, here.seen.curvature.stddev) > NEAR or distance(here.q, q, unit) > state.radius / 2

@@ -60,10 +60,6 @@ LARGE_PASS = 2**13
 """Numbers of a pass's sums, and about as many of its arguments, which travel with every task: those of larger passes
 travel once, to workers, and between them."""
 
-TASK_SECONDS = 3.0
-"""About how long a task takes at most where it has several shards: each task costs the scheduler a millisecond, and
-what a lost worker was at is done again."""
-
 FEW_ROWS = 2**17
 """Rows up to which a pass is a matter of milliseconds, as a stochastic step is: actors sum it, not tasks."""
 
@@ -217,7 +213,6 @@ class DaskExecutor(_Base):
             self._context = client.scatter(_Context(model, data, need or Need()), hash=False)
         self._contexts: dict[str, Future] = {}  # by worker
         self._summers = _Summers(client, f"{self._run}-summer")
-        self._pace: dict[tuple[str, int], float] = {}  # seconds of a worker for a row, by kind of pass
         self._placement: Mapping[int, str] = {}
         self._placed_at = -PLACEMENT_SECONDS
 
@@ -244,9 +239,6 @@ class DaskExecutor(_Base):
         total = tree_sum([parts[shard] for shard in sorted(parts)])
         seconds = _by_worker([each for result in results for each in result.seconds])
         self.profile += Profile.of(seconds, arrived - started, time.perf_counter() - arrived)
-        if chunks is None:
-            busy = sum(sum(phases.values()) for phases in seconds.values())
-            self._pace[self._kind(work)] = busy / self.data.manifest.num_rows
         return total
 
     def _results(self, work: Pass[Sums], shards: list[ShardChunks], check: bool) -> list[Any]:
@@ -256,7 +248,7 @@ class DaskExecutor(_Base):
         long may close itself. Longer passes let the actors go, as Dask retires no worker that has one.
         """
         placed_at = self._placed_at
-        tasks, results = self._tasks(shards, self._rows_of_a_task(work)), []
+        tasks, results = self._tasks(shards), []
         if sum(task.rows for task in tasks) > FEW_ROWS or work.size(self.model.model.dim) > LARGE_PASS:
             self._summers.leave_all_but(())
         elif self._placed_at == placed_at:
@@ -302,18 +294,12 @@ class DaskExecutor(_Base):
             ]
         return futures
 
-    def _kind(self, work: Pass[Any]) -> tuple[str, int]:
-        return work.name, work.size(self.model.model.dim)
+    def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
+        """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
 
-    def _rows_of_a_task(self, work: Pass[Any]) -> float:
-        """Return how many rows a task has at most: those of a shard, or more if they are known to take little time."""
-        one, pace = self.data.manifest.shard_rows, self._pace.get(self._kind(work))
-        if not pace or work.size(self.model.model.dim) > LARGE_PASS:  # whose sums are added up shard by shard
-            return one
-        return max(one, TASK_SECONDS / pace)
-
-    def _tasks(self, shards: list[ShardChunks], most_rows: float) -> list["_Task"]:
-        """Return tasks that hold shards where they were read before, each with so many rows at most."""
+        A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one
+        for each worker.
+        """
         self._update_placement()
         sizes = self.data.manifest.chunk_sizes
         tasks: list[_Task] = []
@@ -321,7 +307,7 @@ class DaskExecutor(_Base):
         for shard, members in shards:
             worker, rows = self._placement[shard], int(sizes[members].sum())
             task = filling.get(worker)
-            if task is None or task.rows + rows > most_rows:
+            if task is None or task.rows + rows > self.data.manifest.shard_rows:
                 task = filling[worker] = _Task(worker)
                 tasks.append(task)
             task.shards.append((shard, members))

@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
 
     Dask's nanny sets MALLOC_TRIM_THRESHOLD_ for its worker, so that memory is given back early, and with it glibc no
     longer learns: every array of more than 128 KiB is mapped anew, page by page, and a pass at 8 draws or more takes
-    twice as long. What a user has set is left as it is.
+    twice as long. Any other value is a user's, and is left as it is.
     """
     by_nanny = os.environ.get("MALLOC_TRIM_THRESHOLD_") == SET_BY_NANNY and "MALLOC_MMAP_THRESHOLD_" not in os.environ
     if by_nanny and platform.libc_ver()[0] == "glibc":

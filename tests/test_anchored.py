@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,8 +15,11 @@ from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
 from dadvi import anchored, probing
+from dadvi.binding import bind_to
+from dadvi.checkpoint import NoJournal
 from dadvi.errors import InputError, ShuffleWarning
-from dadvi.families import Gaussian
+from dadvi.executors import SerialExecutor
+from dadvi.families import Gaussian, MeanField
 from dadvi.local import distance
 from dadvi.quadrature import Rule
 from dadvi.sharding import sampling
@@ -286,6 +290,19 @@ def test_of_large_chunks_no_more_rows_than_asked_for_are_computed_with(write, vi
     assert mean_error < 0.1
     assert sd_error < 0.03
     assert_elbo_never_falls(posterior)
+
+
+@pytest.mark.parametrize("shorter", [4, 16])
+def test_a_search_moves_also_where_the_radius_is_short(write, shorter):
+    """As after a rejected step. A search that need not get near would not set out for what lies within the radius."""
+    data = write(logistic_fields(20_000, 10), chunk_rows=50, shard_rows=5_000)
+    executor = SerialExecutor(bind_to(logistic_model(10), data), data)
+    settings = dadvi.Anchored(subsample_rows=100, curvature="subsample")
+    run = anchored._Rounds(settings, executor, MeanField(), 0.05, 30, 0, lambda row: None, NoJournal())
+    state = run.begin()
+    moved = lambda aim: distance(state.here.q, aim.q, state.start.unit)
+    radius = moved(run.aim(state)) / shorter
+    assert 0.9 * radius < moved(run.aim(replace(state, radius=radius))) < 1.1 * radius
 
 
 def test_more_effects_than_rows_of_the_subsample_take_two_passes(write):

@@ -178,30 +178,6 @@ def test_sums_added_up_by_workers_have_the_same_bits(thread_client, bound, data,
         assert gathered == [1]
 
 
-def test_shards_that_take_little_time_go_together_once_that_is_known(
-    thread_client, bound, data, reference, monkeypatch
-):
-    sent, submit = [], DaskExecutor._submit
-
-    def watched(self, work, tasks, check):
-        sent.append([len(task.shards) for task in tasks])
-        return submit(self, work, tasks, check)
-
-    monkeypatch.setattr(DaskExecutor, "_submit", watched)
-    monkeypatch.setattr(executors, "FEW_ROWS", 0)
-    one_each, together = [1] * data.manifest.num_shards, [data.manifest.num_shards]  # there is one worker
-    work, expected = works()[0], reference[0][SUBSETS.index(None)]
-    with DaskExecutor(bound, data, thread_client) as executor:
-        for seconds in (3.0, 3.0, 0.0):
-            monkeypatch.setattr(executors, "TASK_SECONDS", seconds)
-            assert_same_bits(executor.run(work), expected)
-        monkeypatch.setattr(executors, "TASK_SECONDS", 3.0)
-        executor.run(works()[1])  # of another kind
-        monkeypatch.setattr(executors, "LARGE_PASS", 0)
-        executor.run(work)
-    assert sent == [one_each, together, one_each, one_each, one_each]
-
-
 def test_points_of_many_coordinates_are_sent_without_a_warning(thread_client, tmp_path):
     """Dask warns of tasks with 10 MB of arguments, and warnings are errors here."""
     many = dadvi.Model(
