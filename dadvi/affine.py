@@ -40,8 +40,8 @@ def has_affine_parameters(model: BoundModel, batch: Batch, points: Tensor) -> bo
     """
     a, b, c = points
     signs = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
-    latents, _ = model.model.space.constrain(torch.stack([a, b, c, a + b - c]))
     try:
+        latents, _ = model.model.space.constrain(torch.stack([a, b, c, a + b - c]))
         parameters = model.parameters(latents, batch)[1]  # each (4, rows or 1)
     except Exception:  # noqa: BLE001  points far from the start are no reason to refuse a likelihood
         return False

@@ -147,8 +147,9 @@ class _GradientSummation(Summation[GradientSums]):
         self._leaves = {
             name: z.detach().to(model.dtype).requires_grad_(name in model.latents) for name, z in latents.items()
         }
+        self._wanted = {name: self._leaves[name] for name in model.latents}
         self._log_lik = torch.zeros(len(points), dtype=torch.float64)
-        self._grads = {name: torch.zeros(self._leaves[name].shape, dtype=torch.float64) for name in model.latents}
+        self._grads = {name: torch.zeros(leaf.shape, dtype=torch.float64) for name, leaf in self._wanted.items()}
 
     def add(self, batch: Batch) -> None:
         """Add the rows of a batch."""
@@ -157,8 +158,7 @@ class _GradientSummation(Summation[GradientSums]):
         self._log_lik += log_lik.detach().sum(1, dtype=torch.float64)
         self._watch.lap("forward")
         if log_lik.requires_grad:  # unlike one that is free of latents
-            leaves = {name: self._leaves[name] for name in self._grads}
-            add_gradients(log_lik.sum(), leaves, picked, batch, self._grads)
+            add_gradients(log_lik.sum(), self._wanted, picked, batch, self._grads)
         self._watch.lap("backward")
 
     def sums(self) -> GradientSums:

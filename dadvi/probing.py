@@ -99,9 +99,9 @@ def _agree(subsample: Subsample, columns: Sequence[Tensor], rng: np.random.Gener
     Few rows tell most that do not, and all rows are asked about the others.
     """
     few = subsample.top(FEW_ROWS)
-    return all(
-        _agree_on(rows, columns, rng) for rows in ((few, subsample) if few.num_rows < subsample.num_rows else (few,))
-    )
+    if few.num_rows < subsample.num_rows and not _agree_on(few, columns, rng):
+        return False
+    return _agree_on(subsample, columns, rng)
 
 
 def _agree_on(subsample: Subsample, columns: Sequence[Tensor], rng: np.random.Generator) -> bool:

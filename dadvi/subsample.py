@@ -94,7 +94,7 @@ class Subsample:
         """The part of S on which curvatures are measured: they cost more than gradients, and steer the search only."""
         if self.curvature_rows >= self.num_rows:
             return self
-        return replace(self.top(math.ceil(self.curvature_rows / len(self.batches))), curvature_rows=math.inf)
+        return self.top(math.ceil(self.curvature_rows / len(self.batches)))
 
     @property
     def num_rows(self) -> int:
@@ -223,7 +223,9 @@ def _improve(
     value, grad = negative_elbo(x)
     if 0.5 * float(np.square(grad[: model.dim]).sum()) < least_gain:
         return whitening.member(theta_at(x)), -value
-    unit = _first_step(negative_elbo, x, model.dim, np.exp(log_scale))  # L-BFGS tries a step of length 1 first
+    unit = _first_step(
+        negative_elbo, x, value, grad[: model.dim], np.exp(log_scale)
+    )  # L-BFGS tries a step of length 1 first
     solution = scipy.optimize.minimize(
         negative_elbo,
         x,
@@ -236,14 +238,13 @@ def _improve(
     return whitening.member(theta_at(solution.x)), -float(solution.fun)
 
 
-def _first_step(objective: Objective, x: FloatArray, dim: int, shortest: float) -> float:
+def _first_step(objective: Objective, x: FloatArray, value: float, location_grad: FloatArray, shortest: float) -> float:
     """Return the length of a first step of the location that descends: Newton's, cut until it does.
 
     Far from the optimum Newton's step is many sds long, and a search that began with one sd would end there; where the
     log posterior is steeper ahead, it overshoots.
     """
-    value, grad = objective(x)
-    along = -grad[:dim]
+    dim, along = len(location_grad), -location_grad
     step = np.zeros_like(x)
     for _ in range(CUTS):
         step[:dim] = along

@@ -204,7 +204,7 @@ class RunReader:
         if codes is not None:
             parts = [codes[piece.unit][part] for piece, part in zip(self._pieces, parts, strict=True)]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        # "clip" spares a look whether any index is out of bounds, as none is: half of the time.
+        # "clip" spares a look whether any index is out of bounds, as none is.
         return np.take(values, self._order, axis=0, mode="clip") if self._shuffled else values
 
     def units(self) -> list[int]:
