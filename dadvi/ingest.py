@@ -192,10 +192,9 @@ class Workers:
         with losing_scheduler(self._address, AGAIN):
             # As the result of a task what all of them share reaches a worker once.
             shared = self._client.submit(as_it_is, _Shared(task), key=f"{run}-task")
-            futures = [
-                self._client.submit(_attempt, shared, item, key=f"{run}-{number}", retries=self._retries)
-                for number, item in enumerate(items)
-            ]
+            # At once, and named in their order: several graphs may be begun in any.
+            keys = [f"{run}-{number:09d}" for number in range(len(items))]
+            futures = self._client.map(_attempt, [shared] * len(items), items, key=keys, retries=self._retries)
             try:
                 results = gather(self._client, futures, self._wait_seconds, AGAIN)
             except SCHEDULER_LOST:
