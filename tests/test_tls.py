@@ -1,10 +1,13 @@
 """Connections that are encrypted and authenticated, by Dask's own settings (distributed.comm.tls)."""
 
 import re
+import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dask
 import pytest
@@ -44,6 +47,11 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def settings(world) -> str:
     return str(write_settings(world / "ours"))
+
+
+def certificates(settings: str) -> dict[str, Any]:
+    """Return what Dask's settings say of certificates."""
+    return yaml.safe_load((Path(settings) / "tls.yaml").read_text())["distributed"]["comm"]["tls"]
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +101,40 @@ def test_strangers_are_not_let_in(world, address, tmp_path, who):
     assert f"no Dask scheduler answers at '{address}' within 10 s" in line
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+def test_the_scheduler_itself_refuses_a_client_that_shows_no_certificate(settings, address, version):
+    """It trusts our authority, and none of the package's own checks stand before it."""
+    tls = certificates(settings)
+    context = ssl.create_default_context(cafile=tls["ca-file"])
+    context.check_hostname = False
+    context.minimum_version = context.maximum_version = version
+    heard = b""
+    with pytest.raises((ssl.SSLError, ConnectionError)):  # by TLS 1.3 a client learns of it when it first reads
+        heard = first_bytes(context, address)
+    assert heard == b""
+    context.load_cert_chain(tls["client"]["cert"], tls["client"]["key"])
+    assert first_bytes(context, address)
+
+
+def first_bytes(context: ssl.SSLContext, address: str) -> bytes:
+    """Return what the scheduler says first, unasked, to who it lets in; an end without a word is an error."""
+    host, port = address.removeprefix("tls://").rsplit(":", 1)
+    with (
+        socket.create_connection((host, int(port)), timeout=20) as plain,
+        context.wrap_socket(plain) as encrypted,
+    ):
+        if not (heard := encrypted.recv(1_000)):
+            raise ConnectionError("it was closed")
+        return heard
+
+
 @pytest.mark.parametrize(("key", "reason"), [(None, "(they name none)"), ("gone.pem", "(FileNotFoundError: ")])
 def test_a_client_without_a_certificate_is_told_what_to_set(
     world, settings, address, tmp_path, monkeypatch, key, reason
 ):
     changed: dict[str, str] = {}
     if key is not None:
-        tls = yaml.safe_load((Path(settings) / "tls.yaml").read_text())["distributed"]["comm"]["tls"]
+        tls = certificates(settings)
         ours = {"ca-file": tls["ca-file"], "client.cert": tls["client"]["cert"], "client.key": key}
         changed = {f"distributed.comm.tls.{name}": value for name, value in ours.items()}
     monkeypatch.chdir(tmp_path)
