@@ -175,7 +175,11 @@ def open_shards(location: Location, storage_options: Options = None) -> ShardedD
     stored = attributes.get(ATTRIBUTE)
     if "dadvi_posterior" in attributes:
         raise DataError(f"{resolved} is a posterior, not a data set; read it with load_posterior or `dadvi summary`")
-    manifest = _foreign_manifest(group) if stored is None else _stored_manifest(stored, resolved)
+    if stored is None:
+        _refuse_renamed_manifest(attributes, resolved)
+        manifest = _foreign_manifest(group)
+    else:
+        manifest = _stored_manifest(stored, resolved)
     actual = digest(manifest, {name: array_document(group, name) for name in manifest.fields})
     if isinstance(stored, Mapping) and stored["digest"] != actual:
         raise DataError(
@@ -222,6 +226,16 @@ def _stored_manifest(stored: Any, resolved: Path | str | Store) -> Manifest:
     return Manifest.from_json(stored["manifest"])
 
 
+def _refuse_renamed_manifest(attributes: JSON, resolved: Path | str | Store) -> None:
+    """Refuse a group that would pass for a foreign one, its rows unchecked, because a byte of a name has changed."""
+    for name, value in attributes.items():
+        if isinstance(value, Mapping) and {"manifest", "digest"} <= set(value):
+            raise DataError(
+                f"the metadata of {resolved} have been changed since it was written: its manifest is the attribute "
+                f"'{name}', not '{ATTRIBUTE}'; restore them or write the data set again"
+            )
+
+
 def _foreign_manifest(group: zarr.Group) -> Manifest:
     arrays = dict(sorted(group.arrays()))
     if not arrays:
@@ -257,7 +271,14 @@ def array_document(group: zarr.Group, name: str) -> JSON:
     """Return the metadata of an array as stored: not as this version of Zarr would write them."""
     document = ".zarray" if group.metadata.zarr_format == 2 else "zarr.json"
     key = f"{group.path}/{name}/{document}".lstrip("/")
-    content = sync(group.store.get(key, default_buffer_prototype()))
+    try:
+        content = sync(group.store.get(key, default_buffer_prototype()))
+    except Exception as error:
+        # As for the group: every store has its own, and a damaged Zip archive several.
+        raise DataError(
+            f"{key} of {group.store} cannot be read ({error}); check that the store can be reached, restore it, or "
+            "write the data set again"
+        ) from error
     if content is None:
         raise DataError(f"array {name} is missing from {group.store}; restore it or write the data set again")
     try:
