@@ -5,6 +5,7 @@ a crash, never meets half of it, and what was there before is replaced only by a
 rename: there the manifest is written last, and a group without it does not open.
 """
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,8 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
     try:
         directory.mkdir()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # as any later write to a full disk does: no other directory need be chosen
         raise DataError(
             f"cannot write to {path.parent}: {error.strerror}; create that directory, or choose one that can be written"
         ) from error
