@@ -398,6 +398,7 @@ def load_posterior(location: Location, storage_options: Options = None) -> Poste
         document, recorded = stored["document"], stored["digest"]
         later = document["format"] > FORMAT
         params = {} if later else {name: np.asarray(array[...]) for name, array in group.arrays()}
+        actual = "" if later else _digest(document, params)
     except DataError:
         raise
     except Exception as error:
@@ -409,7 +410,6 @@ def load_posterior(location: Location, storage_options: Options = None) -> Poste
         raise DataError(
             f"{resolved} has format {document['format']}; this version of dadvi reads up to {FORMAT}: upgrade dadvi"
         )
-    actual = _digest(document, params)
     if actual != recorded:
         raise DataError(
             f"{resolved} has changed since it was written: its digest is {actual}, and {recorded} was recorded; fit "

@@ -383,6 +383,16 @@ def test_a_damaged_byte_is_never_another_posterior(tmp_path):
     assert_same(posterior, dadvi.load_posterior(tmp_path / "p.zarr"))
 
 
+def test_a_number_that_damage_made_infinite_is_refused(tmp_path):
+    posterior_of({"z": ((), constraints.real)}, elbo=-1e300).save(tmp_path / "p.zarr")
+    file = tmp_path / "p.zarr" / "zarr.json"
+    content = file.read_bytes()
+    assert content.count(b"-1e+300") == 1
+    file.write_bytes(content.replace(b"-1e+300", b"-1e+380"))  # one bit, and JSON that is read as -inf
+    with pytest.raises(DataError, match=r"p\.zarr"):
+        dadvi.load_posterior(tmp_path / "p.zarr")
+
+
 @pytest.mark.parametrize("part", ["loc", "log_scale", "zarr.json"])
 def test_a_missing_part_is_refused(tmp_path, part):
     posterior_of({"z": ((3,), constraints.positive)}).save(tmp_path / "p.zarr")
