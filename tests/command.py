@@ -39,6 +39,11 @@ def build(data):
 prior = {"a": Normal(0.0, 2.0), "b": Normal(0.0, 2.0), "e": Normal(torch.zeros(3), 1.0)}
 model = dadvi.Model(prior, likelihood, observed="y", dims={"e": "g"})
 """
+SLOW_MODEL = MODEL.replace("import torch\n", "import os\nimport time\n\nimport torch\n", 1).replace(
+    "    return Bernoulli", "    time.sleep(float(os.environ.get('PAUSE', '0')))\n    return Bernoulli", 1
+)
+"""The same, with a pause of that many seconds at every chunk."""
+
 FIELDS = "y x:standardize:float32 g:category"
 
 

@@ -6,6 +6,7 @@ the packages.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,12 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from clusters import daemon, free_port
-from command import assert_same_bits, dadvi, environment, write_data
-
-from dadvi.cli import app
+from command import SLOW_MODEL, assert_same_bits, dadvi, environment, write_data
 
 RECIPES = Path(__file__).parents[2] / "cluster" / "slurm"
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
@@ -118,10 +118,18 @@ def variables_of(slurm: dict[str, str]) -> dict[str, str]:
     return {**slurm, "PATH": path, "RECIPES": str(RECIPES), "INTERFACE": "lo"}
 
 
+class Job(NamedTuple):
+    """How a job ended."""
+
+    state: str  # with its exit code
+    log: str
+    restarts: int
+
+
 def run_job(
     slurm: dict[str, str], directory: Path, *arguments: str, meanwhile: Callable[[str], object] = lambda _: None
-) -> tuple[str, str]:
-    """Submit a job, wait until it is over; return its state with its exit code, and its log.
+) -> Job:
+    """Submit a job, and wait until it is over.
 
     `meanwhile` is called with the job's id now and then.
     """
@@ -150,13 +158,13 @@ def run_job(
         output_of(["scancel", job.strip()], **slurm)
         log = directory / "job.log"
         pytest.fail(f"{shown}\n{log.read_text() if log.exists() else 'no log'}")
-    return f"{shown['JobState']} {shown['ExitCode']}", (directory / "job.log").read_text()
+    return Job(f"{shown['JobState']} {shown['ExitCode']}", (directory / "job.log").read_text(), int(shown["Restarts"]))
 
 
 def test_a_job_with_two_workers_has_the_bits_of_a_serial_fit(slurm, world, tmp_path):
     reference = f"{world / 'model.py'}:model"
     options = [reference, str(world / "data.zarr"), "--out", "run", *SETTINGS]
-    state, log = run_job(slurm, tmp_path, "--ntasks=2", str(RECIPES / "fit.sbatch"), *options)
+    state, log, _ = run_job(slurm, tmp_path, "--ntasks=2", str(RECIPES / "fit.sbatch"), *options)
     assert state == "FAILED 3:0", log  # 3: stopped, at max_passes
     assert "run/posterior.zarr" in log
     assert log.count("Registered to:") >= 2
@@ -183,7 +191,7 @@ def test_workers_may_be_jobs_of_their_own(slurm, world, tmp_path):
 
 def test_a_job_with_bad_input_says_so(slurm, world, tmp_path):
     options = [f"{world / 'model.py'}:model", "gone.zarr", "--out", "run", *SETTINGS]
-    state, log = run_job(slurm, tmp_path, "--ntasks=1", str(RECIPES / "fit.sbatch"), *options)
+    state, log, _ = run_job(slurm, tmp_path, "--ntasks=1", str(RECIPES / "fit.sbatch"), *options)
     assert state == "FAILED 2:0", log
     assert "gone.zarr does not exist" in log
     assert [path.name for path in tmp_path.iterdir()] == ["job.log"]
@@ -193,21 +201,29 @@ STAND_IN = """\
 #!/usr/bin/env bash
 # Begins a run and is interrupted, then goes on with it, as dadvi fit and dadvi resume do.
 echo "dadvi $* with ${DADVI_SCHEDULER%:*}"
-mkdir -p run
 [[ $1 == resume ]] && exit 4  # a code that only the last run of the job can have given
-trap 'echo checkpoint; exit 3' TERM
+mkdir -p run
+touch run/settings.json
+trap 'echo checkpoint; exit "$CODE"' TERM
 while :; do sleep 0.1; done
 """
 
 
-def test_a_signal_before_the_walltime_queues_the_job_again_to_resume(slurm, tmp_path):
+@pytest.mark.parametrize(
+    ("there", "code"),
+    [([], 3), (["run/lock"], 3), ([], 128 + signal.SIGTERM)],
+    ids=["interrupted", "after one killed before it had begun", "ended by the signal itself"],
+)
+def test_a_signal_before_the_walltime_queues_the_job_again_to_resume(slurm, tmp_path, there, code):
     """The script of the chain, with a stand-in for the fit, and the signal sent as Slurm sends it."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "dadvi").write_text(STAND_IN)
-    (tmp_path / "bin" / "dadvi").chmod(0o755)
-    slurm = {**slurm, "FIRST": f"{tmp_path / 'bin'}:"}
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    slurm = {**slurm, "FIRST": f"{program(tmp_path / 'bin' / 'dadvi', STAND_IN).parent}:", "CODE": str(code)}
     arguments = ["--ntasks=1", str(RECIPES / "chain.sbatch"), "run", "m.py:m", "d.zarr"]
-    state, log = run_job(slurm, tmp_path, *arguments, meanwhile=signal_when(tmp_path / "run", slurm))
+    state, log, _ = run_job(
+        slurm, tmp_path, *arguments, meanwhile=signal_when(tmp_path / "run" / "settings.json", slurm)
+    )
     assert state == "FAILED 4:0", log
     said = [line for line in log.splitlines() if line.startswith(("dadvi ", "checkpoint"))]
     assert said == [
@@ -217,21 +233,11 @@ def test_a_signal_before_the_walltime_queues_the_job_again_to_resume(slurm, tmp_
     ]
 
 
-@pytest.mark.skipif(
-    "resume" not in {command.name or command.callback.__name__ for command in app.registered_commands},
-    reason="`dadvi resume` does not exist yet",
-)
-def test_a_chain_of_jobs_has_the_bits_of_one_serial_fit(slurm, world, tmp_path):
-    """The signal comes once the fit has written a checkpoint; the job is queued again, and goes on from there."""
-    settings = ["--method", "advi", "--batch-rows", "250", "--max-passes", "20", "--tol", "1e-9", "--quiet"]
-    options = [f"{world / 'model.py'}:model", str(world / "data.zarr"), *settings]
-    arguments = ["--ntasks=1", str(RECIPES / "chain.sbatch"), "run", *options, "--checkpoint-seconds", "0.1"]
-    state, log = run_job(slurm, tmp_path, *arguments, meanwhile=signal_when(tmp_path / "run" / "checkpoint", slurm))
-    assert state == "FAILED 3:0", log  # in the end, at max_passes
-    assert log.count("Registered to:") == 2, log
-    ran = dadvi("fit", *options, "--out", tmp_path / "whole", "--serial")
-    assert ran.code == 3, ran.err
-    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir()
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
 def signal_when(there: Path, slurm: dict[str, str]) -> Callable[[str], None]:
@@ -244,3 +250,31 @@ def signal_when(there: Path, slurm: dict[str, str]) -> Callable[[str], None]:
             output_of(["scancel", "--batch", "--signal=TERM", job], **slurm)
 
     return send
+
+
+SLOW_WORKERS = f"""\
+#!/usr/bin/env bash
+# Dask, whose workers pause at every chunk until the job has been queued again.
+[[ $1 == worker && ! -v SLURM_RESTART_COUNT ]] && export PAUSE=0.5
+exec {Path(sys.executable).with_name("dask")} "$@"
+"""
+
+
+def test_a_chain_of_jobs_outlives_its_walltime_with_the_bits_of_one_serial_fit(slurm, world, tmp_path):
+    """Slurm's own clock strikes: the first job would need two minutes at least, and is signalled after 45 to 75 s.
+
+    The limit is in whole minutes, and Slurm looks at its clock every 30 seconds: it signals at the last look that is
+    sure to be 45 seconds before the end. Within 45 seconds of the start a fit is at work, on a busy machine too.
+    """
+    (tmp_path / "model.py").write_text(SLOW_MODEL)
+    settings = ["--method", "advi", "--batch-rows", "250", "--max-passes", "20", "--tol", "1e-9", "--quiet"]
+    options = [f"{tmp_path / 'model.py'}:model", str(world / "data.zarr"), *settings]
+    slurm = {**slurm, "FIRST": f"{program(tmp_path / 'bin' / 'dask', SLOW_WORKERS).parent}:"}
+    limit = ["--ntasks=1", "--time=2", "--signal=B:TERM@45"]
+    job = run_job(slurm, tmp_path, *limit, str(RECIPES / "chain.sbatch"), "run", *options)
+    assert job.state == "FAILED 3:0", job.log  # in the end, at max_passes
+    assert job.restarts >= 1, job.log
+    assert "interrupted; go on with: dadvi resume" in job.log
+    ran = dadvi("fit", *options, "--out", tmp_path / "whole", "--serial")
+    assert ran.code == 3, ran.err
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
