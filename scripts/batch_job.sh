@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A complete batch job: a table becomes a data set, a model is fitted to it, and the summary lies beside the posterior.
-# Submit it to a batch system as it is, or run it by hand; it can be run again. Where the work is done is said by the environment: DADVI_SCHEDULER,
-# DADVI_WORKERS or DADVI_SERIAL=1, and any other option of the fit likewise.
+# Submit it to a batch system as it is, or run it by hand. Where the work is done is said by the environment: DADVI_SCHEDULER, DADVI_WORKERS or DADVI_SERIAL=1, and any other
+# option of the fit likewise. Run again, as when the system queues it again, it goes on: a data set that the model can be fitted to is kept, and a run that has begun is resumed.
+# To begin anew remove DIRECTORY, and DATA.zarr if it is elsewhere.
 # usage: bash scripts/batch_job.sh TABLE "FIELDS" MODEL.py:NAME DIRECTORY [DATA.zarr]       DATA.zarr: DIRECTORY/data.zarr unless told, or a URL
-# Exit codes are those of dadvi fit: 0 converged, 3 stopped before that (with a result), others as the README says.
+# Exit codes are those of dadvi fit: 0 converged, 3 stopped before that (with a result) or interrupted (without), others as the README says.
 set -euo pipefail
 
 if (($# < 4)); then
@@ -11,17 +12,28 @@ if (($# < 4)); then
   exit 2
 fi
 table=$1 fields=$2 model=$3 directory=$4 data=${5:-$4/data.zarr}
+run=$directory/run result=$directory/result.json
 
 mkdir -p "$directory"
-dadvi ingest "$table" "$data" --missing drop --overwrite --fields "$fields"
+if [[ -e $run/settings.json ]]; then
+  fit=(dadvi resume "$run")
+else
+  fit=(dadvi fit "$model" "$data" --out "$run" --overwrite)  # overwrites what a run leaves that is killed before it has begun
+  "${fit[@]}" --dry-run >/dev/null 2>&1 || dadvi ingest "$table" "$data" --missing drop --overwrite --fields "$fields"
+fi
 
-code=0
-dadvi fit "$model" "$data" --out "$directory/run" --overwrite --json >"$directory/result.json" || code=$?
-if ((code != 0 && code != 3)); then
-  rm "$directory/result.json"
+"${fit[@]}" --json >"$result" &
+running=$!
+signal=0 code=0
+trap 'signal=1; kill -TERM "$running" 2>/dev/null || true' TERM INT
+wait "$running" || code=$?
+while ((signal)); do signal=0 code=0; wait "$running" || code=$?; done  # a signal ends `wait`, not the fit
+trap - TERM INT
+if ((code != 0 && code != 3)) || [[ ! -s $result ]]; then
+  rm "$result"
   exit "$code"
 fi
 
-dadvi summary "$directory/run" --json >"$directory/summary.json"
-dadvi summary "$directory/run"
+dadvi summary "$run" --json >"$directory/summary.json"
+dadvi summary "$run"
 exit "$code"

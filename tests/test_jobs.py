@@ -6,12 +6,24 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import FIELDS, MODEL, dadvi, dadvi_process, environment, unchanged, write_data, write_table
+from clusters import ending
+from command import (
+    FIELDS,
+    SLOW_MODEL,
+    assert_same_bits,
+    dadvi,
+    dadvi_process,
+    environment,
+    unchanged,
+    write_data,
+    write_table,
+)
 
 import dadvi as package
 from dadvi.binding import bind_to
@@ -257,52 +269,118 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "batch_job.sh"
 
 
 def batch_job(directory: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return interrupted_batch_job(directory, None, *arguments, **variables)
+
+
+def interrupted_batch_job(
+    directory: Path, there: Path | None, *arguments: object, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the script, and send it SIGTERM when a file is there."""
+    started = subprocess.Popen(
         ["bash", SCRIPT, *map(str, arguments)],
         cwd=directory,
         env=environment(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}),
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
+    with ending(started):
+        while there is not None and not there.exists() and started.poll() is None:
+            time.sleep(0.02)
+        if there is not None:
+            started.terminate()
+        out, err = started.communicate(timeout=240)
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
 
 
-def test_the_example_job_goes_from_a_table_to_a_summary(tmp_path):
+def test_the_example_job_goes_from_a_table_to_a_summary_also_when_interrupted(tmp_path):
+    """Its second run goes on with the data set and the run of the first."""
     write_table(tmp_path / "table.csv")
-    (tmp_path / "model.py").write_text(MODEL)
-    ran = batch_job(tmp_path, "table.csv", FIELDS, "model.py:build", "out", DADVI_SERIAL="1", DADVI_SEED="4")
-    assert ran.returncode == CONVERGED, ran.stderr
-    assert [line.split()[0] for line in ran.stdout.splitlines()[-6:]] == ["latent", "a", "b", "e[AA]", "e[BB]", "e[CC]"]
+    (tmp_path / "model.py").write_text(SLOW_MODEL)
+    job = ("table.csv", FIELDS, "model.py:build", "out")
+    options = {"DADVI_SERIAL": "1", "DADVI_SEED": "4", "DADVI_TOL": "0.001"}
     out = tmp_path / "out"
+    ran = interrupted_batch_job(tmp_path, out / "run" / "checkpoint", *job, PAUSE="0.01", **options)
+    assert (ran.returncode, ran.stdout) == (STOPPED, f"{tmp_path / 'out/data.zarr'}\n"), ran.stderr
+    assert "interrupted; go on with: dadvi resume" in ran.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["data.zarr", "run"]
+
+    with unchanged(out / "data.zarr"):
+        ran = batch_job(tmp_path, *job, **options)
+    assert ran.returncode == CONVERGED, ran.stderr
+    latents = ["a", "b", "e[AA]", "e[BB]", "e[CC]"]
+    assert [line.split()[0] for line in ran.stdout.splitlines()] == ["latent", *latents]
     assert sorted(path.name for path in out.iterdir()) == ["data.zarr", "result.json", "run", "summary.json"]
     result, summary = (json.loads((out / f"{name}.json").read_text()) for name in ("result", "summary"))
     assert result["status"] == summary["status"] == "converged"
     assert package.load_posterior(result["posterior"]).settings["seed"] == 4
-    assert set(summary["latents"]) == {"a", "b", "e[AA]", "e[BB]", "e[CC]"}
+    assert list(summary["latents"]) == latents
+    whole = ("--out", tmp_path / "whole", "--serial", "--seed", 4, "--tol", 0.001)
+    assert dadvi("fit", f"{tmp_path / 'model.py'}:build", out / "data.zarr", *whole).code == CONVERGED
+    assert_same_bits(out / "run", tmp_path / "whole")
 
 
 STAND_IN = """\
 #!/usr/bin/env bash
-# Does what the example asks of dadvi at no cost; the fit ends with the code in FIT.
-echo "$1"
-mkdir -p out/run
-[[ $1 == fit ]] && exit "$FIT"
-exit 0
+# Does what the example asks of dadvi at no cost. A fit ends with the code in FIT, and with a result if that is RESULT;
+# a plan can be made where there is a data set.
+if [[ $* == *--dry-run* ]]; then
+  [[ -e out/data.zarr ]]
+  exit
+fi
+echo "$1 $*" >>log
+case $1 in
+  ingest) mkdir out/data.zarr ;;
+  fit | resume)
+    mkdir -p out/run
+    touch out/run/settings.json
+    ((${RESULT:-$FIT} == FIT)) && echo result
+    exit "$FIT"
+    ;;
+esac
 """
 
 
 @pytest.mark.parametrize("code", range(5))
 def test_the_example_job_ends_with_the_code_of_the_fit(tmp_path, code):
-    (tmp_path / "dadvi").write_text(STAND_IN)
-    (tmp_path / "dadvi").chmod(0o755)
-    ran = batch_job(tmp_path, "t.csv", "y", "m.py:m", "out", PATH=f"{tmp_path}:{os.environ['PATH']}", FIT=str(code))
+    ran = stand_in_job(tmp_path, FIT=str(code))
     assert ran.returncode == code
     saved = code in (CONVERGED, STOPPED)
-    assert ran.stdout.split() == (["ingest", "summary"] if saved else ["ingest"])
+    assert commands_of(tmp_path) == (["ingest", "fit", "summary", "summary"] if saved else ["ingest", "fit"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == (
-        ["result.json", "run", "summary.json"] if saved else ["run"]
+        ["data.zarr", "result.json", "run", "summary.json"] if saved else ["data.zarr", "run"]
     )
+
+
+@pytest.mark.parametrize(
+    ("there", "commands"),
+    [
+        ([], ["ingest", "fit"]),
+        (["data.zarr/zarr.json"], ["fit"]),
+        (["data.zarr/zarr.json", "run/lock"], ["fit"]),
+        (["data.zarr/zarr.json", "run/lock", "run/settings.json"], ["resume"]),
+    ],
+    ids=["nothing", "a data set", "a run killed before it had begun", "a run"],
+)
+def test_the_example_job_goes_on_from_what_is_there(tmp_path, there, commands):
+    for name in there:
+        file = tmp_path / "out" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    ran = stand_in_job(tmp_path, FIT=str(STOPPED), RESULT="none")  # interrupted once more
+    assert (ran.returncode, commands_of(tmp_path)) == (STOPPED, commands)
+
+
+def stand_in_job(directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    (directory / "dadvi").write_text(STAND_IN)
+    (directory / "dadvi").chmod(0o755)
+    variables["PATH"] = f"{directory}:{os.environ['PATH']}"
+    return batch_job(directory, "t.csv", "y", "m.py:m", "out", **variables)
+
+
+def commands_of(directory: Path) -> list[str]:
+    return [line.split()[0] for line in (directory / "log").read_text().splitlines()]
 
 
 def test_the_example_job_tells_how_it_is_used(tmp_path):
