@@ -31,7 +31,7 @@ from dadvi.sharding.reader import ShardedDataset, open_shards
 from dadvi.sharding.runs import RunReader, RunWriter, Stretch, stretches
 from dadvi.sharding.shuffle import MEMORY_BYTES, Block
 from dadvi.sharding.tables import Sources, Table, Unit, open_table
-from dadvi.sharding.writer import Draft, check_names
+from dadvi.sharding.writer import Draft, check_names, write_rows
 from dadvi.types import IntArray, whole_number
 
 Item = TypeVar("Item")
@@ -107,9 +107,7 @@ def ingest(
             draft = Draft(target, described, seen.num_rows, layout=layout, compression=compression, made=made)
             transforms = {name: transform for name, (_, transform) in finished.items()}
             write = partial(_write_shard, plan, draft.arrays, transforms)
-            for _ in tasks.map(write, stretches(seen.counts, draft.manifest.shard_rows)):
-                pass
-            draft.finish()
+            draft.finish(list(tasks.map(write, stretches(seen.counts, draft.manifest.shard_rows))))
     return open_shards(out, storage_options)
 
 
@@ -254,14 +252,17 @@ def _read_unit(plan: _Plan, unit: Unit) -> _Seen:
 
 def _write_shard(
     plan: _Plan, arrays: Mapping[str, "zarr.Array[Any]"], transforms: Mapping[str, Transform], stretch: Stretch
-) -> None:
-    """Write one shard of each array, from the runs."""
+) -> list[int]:
+    """Write one shard of each array, from the runs, and return their checksums."""
     runs = RunReader(plan.scratch, stretch, plan.dtypes(), shuffled=plan.shuffle is not None)
+    checksums = []
     for each in plan.specs:
         codes = None
         if each.category:
             codes = {unit: np.load(plan.codes(each.name, unit), allow_pickle=False) for unit in runs.units()}
-        arrays[each.name][stretch.start : stretch.stop] = transforms[each.name](runs.read(each.name, codes))
+        rows = transforms[each.name](runs.read(each.name, codes))
+        checksums.append(write_rows(arrays[each.name], stretch.start, rows))
+    return checksums
 
 
 def _encoded(

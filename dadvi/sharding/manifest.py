@@ -89,7 +89,8 @@ class Manifest:
     finite: bool
     """Whether every value was seen to be finite when it was written."""
     made: JSON = field(default_factory=dict)
-    """How the data were made: version, sources, shuffle seed, policy for missing values, rows dropped; JSON."""
+    """How the data were made: version, sources, shuffle seed, policy for missing values, rows dropped, a digest of what
+    was written; JSON."""
 
     def __post_init__(self) -> None:
         if self.num_rows < 1:

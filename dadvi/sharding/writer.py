@@ -1,10 +1,14 @@
 """Blocks of rows written as Zarr v3 arrays with the sharding codec: one array a field, cut alike."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from keyword import iskeyword
 from typing import Any
 
+import crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -92,8 +96,7 @@ def write_shards(
                 blocks = spool.blocks()
             num_rows = next(iter(lengths.values()))
             draft = Draft(target, described, num_rows, layout=layout, compression=compression, made=made)
-            _write_blocks(draft, blocks)
-            draft.finish()
+            draft.finish(_write_blocks(draft, blocks))
     return open_shards(location, storage_options)
 
 
@@ -146,8 +149,17 @@ class Draft:
         self.arrays = {each.name: _create_array(self._group, each, self.manifest, codecs) for each in fields}
         """The arrays by field name, to be filled whole shards at a time, in any order and by any process."""
 
-    def finish(self) -> None:
-        """Write the manifest, after all rows."""
+    def finish(self, checksums: Sequence[Sequence[int]]) -> None:
+        """Write the manifest, after all rows.
+
+        Parameters
+        ----------
+        checksums
+            What `write_rows` returned, for the fields of each shard in turn. Their digest, among what the manifest
+            says of how the data were made, tells these rows from any others.
+        """
+        contents = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
+        self.manifest = replace(self.manifest, made={**self.manifest.made, "contents": contents})
         self._target.sweep()
         documents = {name: array_document(self._group, name) for name in self.arrays}
         # Last, since it is what makes the group complete.
@@ -162,15 +174,20 @@ class Draft:
         )
 
 
-def _write_blocks(draft: Draft, blocks: Iterable[Block]) -> None:
-    """Write all rows in order, from blocks of any size whose values have been checked."""
+def write_rows(array: "zarr.Array[Any]", start: int, values: NDArray[Any]) -> int:
+    """Write rows from `start` on, and return their CRC-32C."""
+    array[start : start + len(values)] = values
+    return int(crc32c.crc32c(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data))
+
+
+def _write_blocks(draft: Draft, blocks: Iterable[Block]) -> list[list[int]]:
+    """Write all rows in order, from blocks of any size whose values have been checked; return their checksums."""
     manifest = draft.manifest
-    start = 0
+    start, checksums = 0, []
     for shard in _rebatched(blocks, list(manifest.fields.values()), min(manifest.shard_rows, manifest.num_rows)):
-        stop = start + len(next(iter(shard.values())))
-        for name, values in shard.items():
-            draft.arrays[name][start:stop] = values
-        start = stop
+        checksums.append([write_rows(draft.arrays[name], start, values) for name, values in shard.items()])
+        start += len(next(iter(shard.values())))
+    return checksums
 
 
 def package_version() -> str:
