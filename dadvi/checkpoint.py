@@ -134,6 +134,7 @@ class RunDirectory:
 
         """
         directory = cls(location)
+        directory._files.recover()
         if not is_run(location):
             raise InputError(
                 f"{directory.location} is not the directory of a run; give what a fit was told to write to"
@@ -249,6 +250,13 @@ class RunDirectory:
         if posterior.status != "stopped":
             self._files.remove(CHECKPOINT)
             self.begun = False
+
+    def tidy(self, posterior: Posterior) -> None:
+        """Do what `finish` left to do, if its process was killed after it had written these results."""
+        if posterior.status != "stopped" and CHECKPOINT in self._files.names():
+            with self:
+                self._write_trace(posterior.records)
+                self._files.remove(CHECKPOINT)
 
     def _write_trace(self, rows: Iterable[TraceRow]) -> None:
         self._files.write(TRACE, "".join(map(_line, rows)).encode())

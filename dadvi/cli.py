@@ -661,10 +661,15 @@ def _short_warnings() -> Iterator[None]:
         yield
 
 
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one, to every process of a job, would cut the way out short
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and its exit code, without a traceback."""
     # What a batch system sends first: leave as an error does, so that nothing half-written stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _leave)
     # The first four log a lost connection, with tracebacks: an error tells it. The last logs what a worker that was
     # killed earlier left behind, where another process removes it at the same moment.
     for part in ("batched", "client", "comm", "core", "diskutils"):

@@ -178,6 +178,7 @@ def resume(
     max_passes = stored["max_passes"] if max_passes is None else max_passes
     posterior = directory.posterior()
     if posterior is not None and (posterior.status != "stopped" or posterior.settings["max_passes"] == max_passes):
+        directory.tidy(posterior)
         return posterior
     task = _Task(bind_to(model, data), data, settings, chosen, stored["tol"], max_passes, stored["seed"])
     return task.run(client, num_workers, memory_budget, directory, progress, callbacks)
@@ -282,7 +283,8 @@ def _refuse_differences(stored: Mapping[str, Any], model: Model, data: ShardedDa
     if data.digest != was["digest"]:
         raise DataError(
             f"the metadata of {location} have the digest {data.digest}, and those of the run's data at "
-            f"{was['location']} had {was['digest']}: fields, chunks or origin differ; give the run's data, or fit anew"
+            f"{was['location']} had {was['digest']}: fields, chunks, rows or origin differ; give the run's data, "
+            "or fit anew"
         )
     if _sample(data) != was["sample"]:
         raise DataError(f"the rows of {location} are not those of the run's data; give the run's data, or fit anew")

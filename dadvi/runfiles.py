@@ -1,7 +1,8 @@
 """Where the directory of a run lies: on a local disk, or on an object store that fsspec reaches by a URL.
 
 On a disk a file is written under another name, flushed and renamed, and so is there whole or not at all; a lock ends
-with its process; and a run that is to be replaced is put aside until the new one has a checkpoint. An object store
+with its process; and a run that is to be replaced is put aside, in the same directory, until the new one has a
+checkpoint: a process that is killed before loses neither. An object store
 writes an object whole or not at all by itself, but renames nothing. There a lock is an object that is created where
 there is none, and stays when its process is killed; a new run keeps what it has to write until its first checkpoint,
 when the one that it replaces is removed; and a posterior, of many objects, is there when its description is, the last.
@@ -32,6 +33,9 @@ NAMES = {POSTERIOR, TRACE, SETTINGS, CHECKPOINT, MODEL, LOCK}
 PARTIAL = ".partial"
 """What the names of unfinished files end with; they begin with a dot."""
 
+EARLIER, MOVING = f".earlier{PARTIAL}", f".moving{PARTIAL}"
+"""Folders of a run that another one is to replace: whole, and on its way there or back."""
+
 
 class LocalFiles:
     """Files in a directory on a local disk."""
@@ -40,12 +44,11 @@ class LocalFiles:
 
     def __init__(self, path: Path) -> None:
         self.location = path
-        self._aside: Path | None = None  # the earlier run that this one replaces
         self._lock: int | None = None
 
     def check(self, *, overwrite: bool) -> None:
         """Raise InputError if a new run cannot be written here."""
-        check_free(self.location, overwrite=overwrite, is_ours=is_run)
+        check_free(self.location, overwrite=overwrite or _has_not_begun(self.names()), is_ours=_is_of_run)
         if not os.access(self.location.parent, os.W_OK):
             raise InputError(
                 f"cannot write to {self.location.parent}; create that directory, or choose one that can be written"
@@ -57,35 +60,66 @@ class LocalFiles:
         try:
             path.mkdir(exist_ok=True)
             self._lock = _locked(path)
+            self._recover(replacing=replacing)
             if replacing:
-                self._aside = path.with_name(f".{path.name}.{uuid4().hex[:8]}.old")
-                path.rename(self._aside)
-                path.mkdir()
-                earlier, self._lock = self._lock, _locked(path)
-                os.close(earlier)
+                self._put_aside()
         except OSError as error:
             raise InputError(f"cannot write to {path}: {error.strerror}; choose another directory") from error
-        for leftover in path.glob(f".*{PARTIAL}"):  # of a process that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def unlock(self, *, undo: bool) -> None:
         """Let others in."""
-        if undo:
+        if undo and not (self.location / EARLIER).exists():
             shutil.rmtree(self.location, ignore_errors=True)
-            if self._aside is not None:
-                self._aside.rename(self.location)
-                self._aside = None
-        self.commit()
+        elif undo:
+            self._bring_back()
+        elif self.names() & {CHECKPOINT, POSTERIOR}:
+            self.commit()
         self.remove(LOCK)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
+    def recover(self) -> None:
+        """Bring a run back whose replacement was killed before it had begun."""
+        if self.names() & {EARLIER, MOVING} and SETTINGS not in self.names():
+            self.lock(replacing=False)
+            self.unlock(undo=False)
+
     def commit(self) -> None:
         """Have what was written since `lock` replace the run that was here."""
-        if self._aside is not None:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside = None
+        shutil.rmtree(self.location / EARLIER, ignore_errors=True)
+
+    def _put_aside(self) -> None:
+        """Have the run that is here wait for its replacement, whatever the moment at which this process is killed."""
+        moving = self.location / MOVING
+        moving.mkdir()
+        for name in self.names() - {LOCK, MOVING}:
+            (self.location / name).rename(moving / name)
+        moving.rename(self.location / EARLIER)
+
+    def _bring_back(self) -> None:
+        """Have the run that waits take the place of its replacement."""
+        for name in self.names() - {LOCK, EARLIER}:
+            _remove(self.location / name)
+        (self.location / EARLIER).rename(self.location / MOVING)
+        self._move_back()
+
+    def _move_back(self) -> None:
+        for entry in (self.location / MOVING).iterdir():
+            entry.rename(self.location / entry.name)
+        (self.location / MOVING).rmdir()
+
+    def _recover(self, *, replacing: bool) -> None:
+        """Clear up after a process that was killed here."""
+        if (self.location / MOVING).exists():
+            self._move_back()
+        if self.names() & {CHECKPOINT, POSTERIOR}:
+            self.commit()
+        elif (self.location / EARLIER).exists() and (replacing or SETTINGS not in self.names()):
+            self._bring_back()
+        for leftover in self.location.glob(f".*{PARTIAL}"):
+            if leftover.name != EARLIER:
+                _remove(leftover)
 
     def names(self) -> set[str]:
         """Return what is in the directory."""
@@ -153,6 +187,13 @@ class LocalFiles:
         )
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _flush(path: Path) -> None:
     """Have the disk hold what was written to a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -174,7 +215,9 @@ def _locked(directory: Path) -> int:
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        if not _is_at(descriptor, directory / LOCK):  # it was removed since by the process that held it
+            return _locked(directory)
+    except BlockingIOError as error:
         holder = os.read(descriptor, 1_000).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
         raise InputError(
@@ -183,6 +226,11 @@ def _locked(directory: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether a file that is open is the one at a path."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 class ObjectFiles:
@@ -204,7 +252,7 @@ class ObjectFiles:
     def check(self, *, overwrite: bool) -> None:
         """Raise InputError if something is in the way of a new run."""
         if names := self.names():
-            check_replaceable(self.location, overwrite, replaceable=_of_run(names))
+            check_replaceable(self.location, overwrite or _has_not_begun(names), replaceable=_of_run(names))
 
     def lock(self, *, replacing: bool) -> None:
         """Keep other processes out, until `unlock`, and begin to replace the run that is here, if told to."""
@@ -285,6 +333,9 @@ class ObjectFiles:
     def append(self, name: str, text: str) -> None:
         """Do nothing: an object does not grow."""
 
+    def recover(self) -> None:
+        """Do nothing: a run is not removed before its replacement has a checkpoint."""
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         self._system.invalidate_cache()
@@ -340,13 +391,24 @@ def below(directory: str | os.PathLike[str], name: str) -> str:
 
 
 def is_run(location: str | os.PathLike[str]) -> bool:
-    """Return whether the directory of a run, and nothing else, stands at a path or URL."""
-    return _of_run(files_at(location).names())
+    """Return whether the directory of a run that has begun, and nothing else, stands at a path or URL."""
+    names = files_at(location).names()
+    return _of_run(names) and not _has_not_begun(names)
+
+
+def _is_of_run(path: Path) -> bool:
+    return _of_run(LocalFiles(path).names())
 
 
 def _of_run(names: set[str]) -> bool:
     strange = {name for name in names - NAMES if not (name.startswith(".") and name.endswith(PARTIAL))}
-    return bool(names & {SETTINGS, LOCK}) and not strange  # a lock alone: its process was killed as it began
+    return bool(names & {SETTINGS, LOCK}) and not strange
+
+
+def _has_not_begun(names: set[str]) -> bool:
+    """Return whether there is at most what a process leaves that is killed before its run has settings."""
+    begun = names & {SETTINGS, CHECKPOINT, POSTERIOR, TRACE, EARLIER, MOVING}
+    return not names or (_of_run(names) and not begun)
 
 
 def _told(error: Exception) -> str:

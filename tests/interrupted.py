@@ -103,10 +103,7 @@ def begin_or_go_on(data: Path, run: Path, case: str, every: float = 60.0) -> dad
         return dadvi.resume(
             run, model(case), opened, client="serial", method=settings["method"], checkpoint_seconds=every
         )
-    again = run.exists()  # killed before it had written what it was
-    return dadvi.fit(
-        model(case), opened, client="serial", run_dir=run, overwrite=again, checkpoint_seconds=every, seed=3, **settings
-    )
+    return dadvi.fit(model(case), opened, client="serial", run_dir=run, checkpoint_seconds=every, seed=3, **settings)
 
 
 if __name__ == "__main__":

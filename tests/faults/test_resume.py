@@ -14,6 +14,7 @@ import interrupted
 import numpy as np
 import pytest
 import torch
+import zarr
 from interrupted import CASES, after_passes, begin_or_go_on, fields, told
 from torch.distributions import Bernoulli, Normal
 
@@ -161,6 +162,20 @@ def test_a_killed_coordinator(data, quiet, tmp_path, case):
     assert kills > 0
 
 
+def test_what_a_finished_run_left_to_tidy_is_tidied(data, quiet, tmp_path):
+    """As it is where the process was killed between the result and the removal of what led to it."""
+    run, (expected, _) = tmp_path / "run", quiet("hierarchy")
+    start(data, run, "hierarchy", at=2)
+    checkpoint = (run / "checkpoint").read_bytes()
+    begin_or_go_on(data.location, run, "hierarchy")
+    trace = (run / "trace.jsonl").read_bytes()
+    (run / "checkpoint").write_bytes(checkpoint)
+    (run / "trace.jsonl").write_bytes(trace[: len(trace) // 2])
+    assert told(begin_or_go_on(data.location, run, "hierarchy")) == told(expected)
+    assert {path.name for path in run.iterdir()} == {"settings.json", "trace.jsonl", "posterior.zarr"}
+    assert (run / "trace.jsonl").read_bytes() == trace
+
+
 # What a run refuses ----------------------------------------------------------------------------------------------
 
 
@@ -181,10 +196,26 @@ def test_a_changed_model_is_refused_by_name(data, tmp_path):
 def test_changed_data_are_refused(data, tmp_path):
     start(data, tmp_path / "run", "adam")
     fewer = write_shards(tmp_path / "fewer.zarr", fields(3_000), chunk_rows=100, shard_rows=400)
-    others = write_shards(tmp_path / "others.zarr", fields(seed=1), chunk_rows=100, shard_rows=400)
-    for changed, said in ((fewer, "3000 rows"), (others, "rows of .* are not those")):
+    one_value = fields()
+    one_value["x"][len(one_value["x"]) // 2, 0] += 1
+    other = write_shards(tmp_path / "other.zarr", one_value, chunk_rows=100, shard_rows=400)
+    for changed, said in ((fewer, "3000 rows"), (other, "fields, chunks, rows or origin differ")):
         with pytest.raises(DataError, match=said):
             dadvi.resume(tmp_path / "run", interrupted.model(), changed, client="serial")
+
+
+def test_changed_rows_of_data_that_are_not_ours_are_refused(tmp_path):
+    groups = []
+    for name, seed in (("before", 0), ("after", 1)):
+        group = zarr.create_group(tmp_path / f"{name}.zarr")
+        for field, values in fields(seed=seed).items():
+            group.create_array(field, data=values, chunks=(100, *values.shape[1:]))
+        groups.append(dadvi.open_shards(tmp_path / f"{name}.zarr"))
+    before, after = groups
+    assert before.digest == after.digest  # nothing but the rows tells them apart
+    start(before, tmp_path / "run", "adam")
+    with pytest.raises(DataError, match=r"rows of .* are not those"):
+        dadvi.resume(tmp_path / "run", interrupted.model(), after, client="serial")
 
 
 def test_another_version_and_another_method_are_refused(data, tmp_path):
