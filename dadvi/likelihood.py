@@ -102,8 +102,14 @@ class BoundModel:
             log_lik = self._score(make, parameters, rows)
         return log_lik if self.model.weight is None else log_lik * rows[self.model.weight]
 
-    def check_rows(self, batch: Batch, first_row: int) -> None:
-        """Refuse non-finite fields and observed values outside the support.
+    def check_rows(self, batch: Batch, first_row: int, *, finite: bool = False) -> None:
+        """Refuse non-finite fields, negative weights and observed values outside the support.
+
+        Parameters
+        ----------
+        finite
+            Whether the values are known to be finite: those of a data set that was seen to be when it was written, and
+            whose checksums tell that it is what was written.
 
         Raises
         ------
@@ -111,18 +117,18 @@ class BoundModel:
             With the field, the first such row (counted from the start of the data set) and how many this chunk has.
 
         """
-        self.check_values(batch, first_row)
+        self.check_values(batch, first_row, finite=finite)
         self.check_observed(batch, first_row)
 
-    def check_values(self, batch: Batch, first_row: int) -> None:
+    def check_values(self, batch: Batch, first_row: int, *, finite: bool = False) -> None:
         """Refuse non-finite fields and negative weights, as `check_rows`."""
-        for name in self.fields:
+        for name in () if finite else self.fields:
             if batch[name].is_floating_point():
                 if batch[name].sum().isfinite():  # as no sum with a NaN or an infinity is, and quicker to tell
                     continue
-                finite = torch.isfinite(batch[name])
+                good = torch.isfinite(batch[name])
                 _refuse(
-                    ~(finite.flatten(1).all(1) if finite.dim() > 1 else finite),
+                    ~(good.flatten(1).all(1) if good.dim() > 1 else good),
                     batch[name],
                     first_row,
                     f"field {name!r} has {{count}} rows that are not finite",

@@ -83,7 +83,7 @@ class Subsample:
         batches = dict(self.batches)
         for chunk in set(chunks) - set(batches):
             batch = data.read(chunk, self.model.fields)
-            self.model.check_rows(batch, data.manifest.rows(chunk)[0])
+            self.model.check_rows(batch, data.manifest.rows(chunk)[0], finite=data.manifest.finite)
             batches[chunk] = {
                 name: value.double() if value.is_floating_point() else value for name, value in batch.items()
             }

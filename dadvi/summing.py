@@ -72,7 +72,7 @@ def sum_shard(
                     watch.lap("read")
                 if check:
                     with _told_where(work, manifest, [chunk], read[-1]):
-                        model.check_rows(read[-1], manifest.rows(chunk)[0])
+                        model.check_rows(read[-1], manifest.rows(chunk)[0], finite=manifest.finite)
                         watch.lap("check")
             _add(total, work, model, manifest, group, read)
         with _told_where(work, manifest, members):

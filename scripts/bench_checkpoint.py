@@ -3,7 +3,8 @@
 A logistic regression is fitted by anchored rounds with a run directory, and every checkpoint is timed. A gradient pass
 at one point that reads every chunk from mapped shards and keeps none is timed with and without checksums, in turns:
 with the data on the disk, as where they are larger than memory, and in the file system's cache, where reading costs
-next to nothing and the share of checksums is at its largest.
+next to nothing and the share of checksums is at its largest. A third way is without checksums, but with a look at every
+value whether it is finite: what a first pass takes over data that nothing vouches for.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,10 +87,10 @@ def forget(data: dadvi.ShardedDataset) -> None:
 
 
 def seconds_of_pass(bound: BoundModel, data: dadvi.ShardedDataset) -> float:
-    """Return how long a pass takes that keeps no chunk."""
+    """Return how long a first pass takes that keeps no chunk."""
     executor, point = SerialExecutor(bound, data, Need(budget=0)), bound.model.start[None].numpy()
     started = time.perf_counter()
-    executor.run(Gradient(point))
+    executor.run(Gradient(point), check=True)
     return time.perf_counter() - started
 
 
@@ -107,14 +109,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         data = make_data(rows, columns, Path(directory) / "data.zarr")
         bound = bind_to(model, data)
+        unknown = replace(data, manifest=replace(data.manifest, finite=False))
+        ways = {
+            "verified": (nullcontext, data),
+            "believed": (believing, data),
+            "looked at": (believing, unknown),
+        }
         seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         for _ in range(chosen.turns):
             for source in ("disk", "memory"):
-                for what, how in (("verified", nullcontext), ("believed", believing)):
+                for what, (how, read) in ways.items():
                     if source == "disk":
                         forget(data)
                     with how():
-                        seconds[source, what].append(seconds_of_pass(bound, data))
+                        seconds[source, what].append(seconds_of_pass(bound, read))
         run = Timed(Path(directory) / "run")
         dadvi.fit(model, data, client="serial", run_dir=run)
     checkpoint = statistics.median(run.seconds)
@@ -122,11 +130,12 @@ def main() -> None:
     out.print(f"{rows} rows of {columns} float32, one process; medians of {chosen.turns} turns")
     out.print(f"a checkpoint, one a pass: {checkpoint:.4f} s")
     for source in ("disk", "memory"):
-        verified, believed = (statistics.median(seconds[source, what]) for what in ("verified", "believed"))
-        out.print(
-            f"data from {source}: a pass {believed:.3f} s without checksums, with them {verified / believed - 1:+.1%}, "
-            f"and with a checkpoint {(verified + checkpoint) / believed - 1:+.1%}"
-        )
+        verified, believed, looked_at = (statistics.median(seconds[source, what]) for what in ways)
+        for what, base in (("without checksums", believed), ("that looks at every value instead", looked_at)):
+            out.print(
+                f"data from {source}: a pass {what} {base:.3f} s, with checksums {verified / base - 1:+.1%}, "
+                f"with a checkpoint too {(verified + checkpoint) / base - 1:+.1%}"
+            )
 
 
 if __name__ == "__main__":

@@ -411,6 +411,16 @@ def test_values_that_are_not_finite_are_named_with_row_and_count(field, bad):
     refused(model, f"'{field}' has 2 rows", "row 17 ", batch={**BATCH, field: values}, error=DataError)
 
 
+def test_values_that_were_finite_when_written_are_not_looked_at_again_but_what_the_model_asks_of_them_is():
+    bound = bind_rows(dadvi.Model(B, lambda b, x: Normal(x @ b, 1.0), "real", weight="w"), BATCH)
+    damaged = {**BATCH, "x": torch.full_like(BATCH["x"], float("nan"))}
+    with pytest.raises(DataError, match="'x' has"):
+        bound.check_rows(damaged, 0)
+    bound.check_rows(damaged, 0, finite=True)
+    with pytest.raises(DataError, match="'w' is negative"):
+        bound.check_rows({**BATCH, "w": -BATCH["w"]}, 0, finite=True)
+
+
 def test_fields_that_are_not_used_may_hold_anything():
     model = dadvi.Model(B, lambda b, x: Normal(x @ b, 1.0), "real")
     bind_rows(model, {**BATCH, "w": torch.full((ROWS,), float("nan"))})

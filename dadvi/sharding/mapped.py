@@ -6,6 +6,7 @@ already holds what a read would copy, and copies into new memory cost several ti
 """
 
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ class MappedArray:
     chunk_shape: tuple[int, ...]
     chunks_per_shard: int
     dtype: np.dtype[Any]  # little-endian
-    _indices: dict[int, NDArray[np.void]] = field(default_factory=dict)  # by shard, those read so far
+    _shards: dict[int, tuple[str, NDArray[np.void]]] = field(
+        default_factory=dict
+    )  # path and index of those read so far
 
     @classmethod
     def of(cls, array: "zarr.Array[Any]", directory: Path) -> Self | None:
@@ -59,26 +62,27 @@ class MappedArray:
             When it is damaged.
         """
         shard, place = divmod(chunk, self.chunks_per_shard)
-        path = self.directory / self.keys.metadata.encode_chunk_key((shard, *(0 for _ in self.chunk_shape[1:])))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
-        if shard not in self._indices:
-            self._indices[shard] = self._read_index(path)
-        offset, length = (int(value) for value in self._indices[shard][place])
+        if shard not in self._shards:
+            self._shards[shard] = self._find(shard)
+        path, index = self._shards[shard]
+        offset, length = index[place].tolist()
         size = self.dtype.itemsize * math.prod(self.chunk_shape)
         if length == ABSENT:
             raise FileNotFoundError(f"it is missing from {path}")
         if length != size + CHECKSUM.itemsize:
             raise ValueError(f"{path} has {length} bytes of it, not {size + CHECKSUM.itemsize}.")
-        stored = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(length,)).view(np.ndarray)
+        stored = _mapped(path, offset, length)
         values = stored[:size]
         if crc32c.crc32c(values.data) != stored[size:].view(CHECKSUM)[0]:
             raise ValueError("its checksum is not that of its bytes.")
         # A chunk starts where the one before ended, which need not be where a number may start.
         return np.require(values.view(self.dtype).reshape(self.chunk_shape), requirements="A")
 
-    def _read_index(self, path: Path) -> NDArray[np.void]:
-        """Return (offset, length) of each chunk of a shard."""
+    def _find(self, shard: int) -> tuple[str, NDArray[np.void]]:
+        """Return the path of a shard, and (offset, length) of each of its chunks."""
+        path = self.directory / self.keys.metadata.encode_chunk_key((shard, *(0 for _ in self.chunk_shape[1:])))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
         size = self.chunks_per_shard * INDEX_ENTRY.itemsize
         with path.open("rb") as file:
             start = file.seek(0, os.SEEK_END) - size - CHECKSUM.itemsize
@@ -86,7 +90,18 @@ class MappedArray:
             stored = file.read()
         if start < 0 or crc32c.crc32c(stored[:size]) != np.frombuffer(stored[size:], CHECKSUM)[0]:
             raise ValueError(f"the index at the end of {path} is not what its checksum says.")
-        return np.frombuffer(stored[:size], INDEX_ENTRY)
+        return str(path), np.frombuffer(stored[:size], INDEX_ENTRY)
+
+
+def _mapped(path: str, offset: int, length: int) -> NDArray[np.uint8]:
+    """Return bytes of a file as a private mapping: as `np.memmap` does, in less of the time that every chunk costs."""
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            held = mmap.mmap(file.fileno(), skipped + length, access=mmap.ACCESS_COPY, offset=offset - skipped)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    return np.frombuffer(held, np.uint8, length, skipped)
 
 
 def _is_plain(codecs: Sequence[dict[str, Any]]) -> bool:
