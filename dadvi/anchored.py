@@ -260,7 +260,12 @@ class _Rounds:
         self._search = Search(
             self.subsample, self.structure, self.factor, family, settings.num_draws, settings.curvature, tol, near, seed
         )
-        self._known = {"subsample": self.subsample, "structure": self.structure, "family": family}
+        self._known = {
+            "subsample": self.subsample,
+            "structure": self.structure,
+            "family": family,
+            "prior draws": self._search.noise.prior,
+        }
 
     def _load(self, subsample_rows: int | None) -> None:
         """Read the subsample, and find the structure of the Hessian on it, which tells how large it should be."""
@@ -324,7 +329,8 @@ class _Rounds:
         start: Start,
         q: Gaussian,
         number: int,
-        seen: Bends | None = None,
+        known: Bends | None = None,
+        before: LocalModel | None = None,
         length: float = math.nan,
     ) -> _Visit:
         """Measure the local model at q by one pass over the data.
@@ -333,22 +339,25 @@ class _Rounds:
         ----------
         number
             Of the visit, counted from 1.
-        seen
-            Second derivatives of the surrogate at q, where they are known: those of the next one are the same, for they
-            differ by a linear function.
+        known
+            What q sees of a surrogate, or its second derivatives alone, where that is known: the next surrogate differs
+            by a linear function.
+        before
+            That surrogate.
         length
             Of the step that led to q.
 
         """
         check, label, noise = number == 1, f"round {number}", start.noise
-        local: LocalModel
         if start.scales is not None:
-            local, seen = Taylor.measured(self.executor, q, noise, start.scales, check=check, label=label), None
-        else:
-            local = Surrogate.measured(
-                self.subsample, self.structure, self.factor, self.executor, q.loc, check=check, label=label
-            )
-        return _Visit(q, local, noise.expectations(self.prior, local, q, known=seen), length)
+            taylor = Taylor.measured(self.executor, q, noise, start.scales, check=check, label=label)
+            return _Visit(q, taylor, noise.expectations(self.prior, taylor, q), length)
+        local = Surrogate.measured(
+            self.subsample, self.structure, self.factor, self.executor, q.loc, check=check, label=label
+        )
+        if isinstance(known, Expectations) and isinstance(before, Surrogate):
+            return _Visit(q, local, known.plus(*local.less(before, q.loc)), length)
+        return _Visit(q, local, noise.expectations(self.prior, local, q, known), length)
 
     def aim(self, state: _State) -> _Aim:
         """Return the local model's optimum, as far as the radius allows, or what is better.
@@ -422,7 +431,7 @@ class _Rounds:
             return self._descend(state)
         length, visits = distance(here.q, aim.q, unit), state.visits + 1
         of_step = distance(here.q, aim.q, here.seen.curvature.stddev)
-        there = self._visit(state.start, aim.q, visits, aim.seen, of_step)
+        there = self._visit(state.start, aim.q, visits, aim.seen, here.local, of_step)
         state = replace(state, visits=visits, rows_read=self.executor.rows_read)
         # Where E_q[∇ log π] = 0, the ELBO at these draws is not quite the largest; coordinates add up at random.
         slack = NEGLIGIBLE_NATS * math.sqrt(self.prior.dim) + ELBO_NOISE * abs(here.seen.elbo)

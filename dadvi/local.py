@@ -100,6 +100,11 @@ class Surrogate:
         tilt = torch.from_numpy(full.grad[0] - factor * part.grad[0])
         return cls(subsample, structure, factor, anchor, tilt, float(full.log_lik[0] - factor * part.log_lik[0]))
 
+    def less(self, other: "Surrogate", eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return by how much this exceeds another of the same subsample at η (D,), and the slope: it is linear."""
+        value = self.offset + (eta - self.anchor) @ self.tilt
+        return value - other.offset - (eta - other.anchor) @ other.tilt, self.tilt - other.tilt
+
     def log_lik(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood (K,) and its gradient (K, D) at η (K, D)."""
         sums = self.subsample.run(Gradient(eta.numpy()))
@@ -209,6 +214,11 @@ class Expectations(Bends):
     grad: Tensor  # E_q[∇ log π] (D,)
     grad_errors: Tensor  # draws of the error of `grad` (NUM_ERRORS, D)
 
+    def plus(self, value: Tensor, slope: Tensor) -> "Expectations":
+        """Return what q sees with a linear function added, of this value at the mean of q and this slope (D,)."""
+        elbo, sampled = self.elbo + float(value), self.sampled + float(value)
+        return replace(self, elbo=elbo, sampled=sampled, grad=self.grad + slope)
+
     def target(self, q: Gaussian) -> Gaussian:
         """Return where a full natural-gradient step from q leads: to the optimum, were log π quadratic."""
         return optimum(q.family, q.loc + self.curvature.solve(self.grad), self.curvature)
@@ -299,6 +309,8 @@ def solve(
     tol: float,
     radius: float = math.inf,
     unit: Tensor | None = None,
+    *,
+    curved: bool = True,
 ) -> tuple[Gaussian, Expectations]:
     """Move q to the fixed point of a local model, to a fraction of `tol`, at most about `radius` units away.
 
@@ -313,12 +325,13 @@ def solve(
         What q sees of the local model.
     unit
         Of each coordinate (D,); None for its posterior sd.
+    curved
+        Whether the curvature is of interest: it is measured where the search ends, and was measured near there if not.
 
     Returns
     -------
     q, seen
-        Where the search ended, and what it saw there, its curvature measured there; `q` itself if the ELBO does not
-        rise.
+        Where the search ended, and what it saw there; `q` itself if the ELBO does not rise.
 
     """
     unit, origin, measured, fresh = seen.curvature.stddev if unit is None else unit, q, q, True
@@ -335,7 +348,7 @@ def solve(
         latest = [*history, iterate(q, target, unit)] if fraction == 1 else []
         faster = accelerated_member(q, latest, unit)
         settled = _left(q, target, faster, seen.curvature.stddev) < enough or room <= enough
-        if settled and fresh:
+        if settled and (fresh or not curved):
             break
         found = None
         if not settled:
@@ -361,7 +374,7 @@ def solve(
             measured, history = step, exact
         q = step
         fresh = measured is q or (noise.narrow and distance(measured, q, seen.curvature.stddev) < 1)
-    return q, seen if fresh else noise.curved(prior, local, q, seen)
+    return q, seen if fresh or not curved else noise.curved(prior, local, q, seen)
 
 
 def distance(q: Gaussian, other: Gaussian, unit: Tensor) -> float:

@@ -92,27 +92,27 @@ def orthogonal(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
 
 
 def gauss_hermite(num_draws: int, dim: int, rng: np.random.Generator, num_points: int = 3) -> Rule:
-    """Return the Gauss-Hermite rule of 3 or 5 points along each of some random signs s (dim,), with 0 in common.
+    """Return the Gauss-Hermite rule of 2, 3 or 5 points along each of some random signs s (dim,), with 0 in common.
 
-    Exact to degree 5 or 9 in any one coordinate, and so nearly exact where each row depends on one uncertain latent,
+    Exact to degree 3, 5 or 9 in any one coordinate, and so nearly exact where each row depends on one uncertain latent,
     such as the effect of its group; products of different coordinates average out over the signs.
 
     Parameters
     ----------
     num_draws
-        Nodes but 0, rounded down to a multiple of `num_points` − 1; at least that.
+        Nodes but 0, rounded down to a multiple of those along a direction; at least that.
 
     """
     line, weights = np.polynomial.hermite_e.hermegauss(num_points)
-    out, of_out = (torch.from_numpy(each[num_points // 2 + 1 :]) for each in (line, weights / weights.sum()))
+    out, of_out = (torch.from_numpy(each[line > 0]) for each in (line, weights / weights.sum()))
     num_signs, known = max(1, num_draws // (2 * len(out))), 2 ** min(dim - 1, 62)  # directions but for their sign
     few = num_signs <= known <= FEW_DIRECTIONS
     signs = torch.from_numpy(_other_signs(num_signs, dim, rng) if few else rng.choice([-1.0, 1.0], (num_signs, dim)))
     pairs = (out[:, None, None] * signs).flatten(0, 1)  # the signs of the first point, then of the next
-    nodes = torch.cat([torch.zeros(1, dim, dtype=torch.float64), pairs, -pairs])
+    nodes = torch.cat([torch.zeros(num_points % 2, dim, dtype=torch.float64), pairs, -pairs])
     alone = torch.eye(num_signs, dtype=torch.float64)
     of_pairs = torch.cat([weight * alone for weight in of_out], dim=1)  # of each direction by itself
-    center = torch.full((num_signs, 1), weights[num_points // 2] / weights.sum(), dtype=torch.float64)
+    center = torch.full((num_signs, num_points % 2), weights[num_points // 2] / weights.sum(), dtype=torch.float64)
     parts = torch.cat([center, of_pairs, of_pairs], dim=1)
     return Rule.mean_of(parts, nodes, rng, known if few else math.inf)
 

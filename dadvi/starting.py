@@ -7,7 +7,7 @@ every latent; by what they see around the start, whether the curvature at a mean
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dadvi.families import Family, Gaussian
-from dadvi.local import Bends, Expectations, LocalModel, Noise, Surrogate, solve
+from dadvi.local import Bends, LocalModel, Noise, Surrogate, solve
 from dadvi.model import Model
 from dadvi.passes import HessianVector
 from dadvi.quadratic import Curvature, optimum, prior_draws, prior_hessian
@@ -106,6 +106,16 @@ class Search:
         """The model, whose prior is exact."""
         return self.subsample.model.model
 
+    @cached_property
+    def noise(self) -> Noise:
+        """Draws of q: always the same, so that those for the prior, many numbers, need not be kept with a state."""
+        return self._draws(self.family.noise_dim(self.model.dim))
+
+    def _draws(self, noise_dim: int, stream: int = 0, num_points: int = 3) -> Noise:
+        affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * self.subsample.num_rows))
+        num_draws = self.num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
+        return fixed_draws(num_draws, noise_dim, random_stream(self.seed, Purpose.DRAWS, stream), num_points)
+
     def find(self) -> tuple[Start, Bends | None]:
         """Fit the subsample, and narrow the result to what all the data will say.
 
@@ -115,23 +125,23 @@ class Search:
             What the surrogate bends like at its mean, where the run can go on with that.
 
         """
-        draws = partial(fixed_draws, self.num_draws, num_rows=self.subsample.num_rows)
-        noise = draws(self.family.noise_dim(self.model.dim), rng=random_stream(self.seed, Purpose.DRAWS))
-        warm_noise = draws(self.model.dim, rng=random_stream(self.seed, Purpose.DRAWS, 1))
+        noise, warm_noise = self.noise, self._draws(self.model.dim, 1)  # a mean field, whatever the family of the run
         center = Rule.equal(torch.zeros(1, self.model.dim, dtype=torch.float64))
         warm_rows = max(WARM_ROWS, WARM_ROWS_PER_COORDINATE * len(self.structure.dense))
         warm_rows += WARM_ROWS_PER_EFFECT * self.structure.groups.numel()
         warm = warm_start(self.subsample.part(warm_rows).top(warm_rows), self.structure, self.seed)
         alone = Surrogate.untilted(self.subsample, self.structure, 1.0, warm.loc)
-        warm, seen_alone = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE)
+        warm = self._solve(alone, warm, replace(warm_noise, curvature=center), WARM_DISTANCE, curved=False)
         warn_if_ordered(self.subsample, warm.loc)
         at = Rule.equal(warm.loc[None])
         work = HessianVector(at.nodes.numpy(), self.structure.tangents())
         seen = self.subsample.for_curvature.sliced(SLICES)
         parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in seen.each(work)]
-        factor = self.factor * self.subsample.num_rows / seen.num_rows
-        bend = sum(parts[1:], parts[0]) * factor
-        curvature = Curvature.of(-(bend + prior_hessian(self.model, at, self.structure)))
+        scale = self.subsample.num_rows / seen.num_rows
+        of_subsample, of_prior = sum(parts[1:], parts[0]) * scale, prior_hessian(self.model, at, self.structure)
+        unit = Curvature.of(-(of_subsample + of_prior)).stddev
+        factor, bend = self.factor * scale, of_subsample * self.factor
+        curvature = Curvature.of(-(bend + of_prior))
         q = optimum(self.family, warm.loc, curvature)
         scales, sd_noise, bends = None, 0.5 * _precision_noise(parts, factor, curvature), None
         poorly_seen = self.curvature_from == "auto" and sd_noise > min(POORLY_SEEN, self.tol / 2)
@@ -140,12 +150,14 @@ class Search:
             noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
         elif self.factor > 1 and self._is_narrow(q, noise, seen, parts, curvature):
             mean = Rule.equal(torch.zeros_like(noise.curvature.nodes[:1]))
-            noise = replace(noise, curvature=mean)
+            # Over so little no third point, between two along the same directions, tells more.
+            pairs = self._draws(self.family.noise_dim(self.model.dim), num_points=2)
+            noise = replace(noise, likelihood=pairs.likelihood, curvature=mean)
             around = Rule(q.transform(noise.prior.nodes), noise.prior.weights)  # the prior may bend where rows do not
             bends = Bends(Curvature.of(-(bend + prior_hessian(self.model, around, self.structure))), bend)
         if self.factor == 1:
-            q = self._solve(alone, q, noise, self.near)[0]
-        return Start(q, seen_alone.curvature.stddev, noise, scales, sd_noise), bends
+            q = self._solve(alone, q, noise, self.near)
+        return Start(q, unit, noise, scales, sd_noise), bends
 
     def _is_narrow(
         self, q: Gaussian, noise: Noise, seen: Subsample, parts: Sequence[Arrowhead], curvature: Curvature
@@ -178,7 +190,9 @@ class Search:
         if len(noise.likelihood.nodes) > num_draws:
             return noise
         coarse, fine = (
-            fixed_draws(num_draws, dim, 1, random_stream(self.seed, Purpose.DRAWS, 2), num_points)
+            replace(
+                fixed_draws(num_draws, dim, random_stream(self.seed, Purpose.DRAWS, 2), num_points), prior=noise.prior
+            )
             for num_points in (3, 5)
         )
         if not self.structure.groups.numel():
@@ -191,8 +205,8 @@ class Search:
         error = difference / curvature.precision_diagonal[self.structure.groups]
         return fine if float(error.norm()) > COARSE else coarse
 
-    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float) -> tuple[Gaussian, Expectations]:
-        return solve(self.model, local, q, noise.expectations(self.model, local, q), noise, tol)
+    def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float, *, curved: bool = True) -> Gaussian:
+        return solve(self.model, local, q, noise.expectations(self.model, local, q), noise, tol, curved=curved)[0]
 
 
 def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curvature) -> float:
@@ -213,25 +227,19 @@ def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curva
     return float((error / curvature.precision_diagonal).max())
 
 
-def fixed_draws(
-    num_draws: int | None, noise_dim: int, num_rows: int, rng: np.random.Generator, num_points: int = 3
-) -> Noise:
+def fixed_draws(num_draws: int, noise_dim: int, rng: np.random.Generator, num_points: int = 3) -> Noise:
     """Return the draws of a run.
 
     Parameters
     ----------
     num_draws
-        For the log-likelihood, and at least as many for the prior; None for as many as is affordable.
+        For the log-likelihood, and at least as many for the prior.
     noise_dim
         Length of a draw.
-    num_rows
-        Rows of the subsample.
     num_points
-        Of each Gauss-Hermite rule.
+        Of each Gauss-Hermite rule. With the same generator their directions are the same for 2 and 3.
 
     """
-    affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * num_rows))
-    num_draws = num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
     prior = stratified(max(prior_draws(noise_dim), num_draws), noise_dim, rng)
     if num_draws >= 2 * noise_dim:
         everywhere = orthogonal(num_draws, noise_dim, rng)

@@ -20,7 +20,7 @@ from dadvi.checkpoint import NoJournal
 from dadvi.errors import InputError, ShuffleWarning
 from dadvi.executors import SerialExecutor
 from dadvi.families import Gaussian, MeanField
-from dadvi.local import distance
+from dadvi.local import Surrogate, distance
 from dadvi.quadrature import Rule
 from dadvi.sharding import sampling
 from dadvi.subsample import Subsample
@@ -290,6 +290,19 @@ def test_of_large_chunks_no_more_rows_than_asked_for_are_computed_with(write, vi
     assert mean_error < 0.1
     assert sd_error < 0.03
     assert_elbo_never_falls(posterior)
+
+
+def test_a_visit_asks_the_subsample_nothing_that_the_search_asked_before(write, visits, monkeypatch):
+    fields = logistic_fields(160_000, 2)
+    data = write(fields, chunk_rows=500, shard_rows=40_000)
+    asked = []
+    log_lik = Surrogate.log_lik
+    monkeypatch.setattr(Surrogate, "log_lik", lambda self, eta: (asked.append(eta), log_lik(self, eta))[1])
+    posterior = dadvi.fit(logistic_model(2), data, client="serial", tol=0.01)
+    assert len(visits) >= 3
+    assert len({tuple(eta.flatten().tolist()) for eta in asked}) == len(asked)
+    assert len(asked[-1]) == len(visits[-1][3].noise.likelihood.nodes)
+    assert errors(posterior, *logistic_optimum(**fields))[0] < 0.01
 
 
 @pytest.mark.parametrize("shorter", [4, 16])

@@ -167,6 +167,27 @@ def test_surrogates_gradient_is_that_of_its_value(logistic):
     np.testing.assert_allclose(hessian_at(local, eta), bend, rtol=1e-6)
 
 
+def test_what_a_surrogate_sees_follows_from_what_another_one_of_the_same_rows_saw(logistic):
+    _, executor = logistic
+    before, after = (surrogate(executor, [0, 4], normal(3, seed=seed)) for seed in (1, 2))
+    eta = normal(4, 3, seed=3)
+    change, slope = before.less(after, eta[0])
+    differences = [a - b for a, b in zip(before.log_lik(eta), after.log_lik(eta), strict=True)]
+    np.testing.assert_allclose(change, differences[0][0], rtol=1e-10)
+    np.testing.assert_allclose(slope.expand(4, -1), differences[1], rtol=1e-10)
+    assert abs(float(change)) > 0.1
+    assert slope.abs().min() > 0.1
+
+    prior = executor.model.model
+    q = Gaussian(MeanField(), {"loc": eta[0], "log_scale": 0.3 * normal(3, seed=4) - 1})
+    noise = replace(random_noise(3), likelihood=gauss_hermite(4, 3, np.random.default_rng(0), 2))
+    expected, seen = noise.expectations(prior, after, q), noise.expectations(prior, before, q)
+    found = seen.plus(*after.less(before, q.loc))
+    for name in ("elbo", "sampled", "grad", "grad_errors"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
+    assert expected.grad_errors.abs().max() > 0.01
+
+
 # Taylor ----------------------------------------------------------------------------------------------------------
 
 

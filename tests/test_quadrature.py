@@ -14,6 +14,7 @@ from dadvi.quadrature import NUM_ERRORS, Rule, gauss_hermite, in_pairs, orthogon
 DIM = 5
 RULES = {
     "gauss_hermite": lambda rng, dim=DIM: gauss_hermite(6, dim, rng),
+    "gauss_hermite of two points": lambda rng, dim=DIM: gauss_hermite(6, dim, rng, 2),
     "orthogonal": lambda rng, dim=DIM: orthogonal(2 * dim, dim, rng),
     "two orthogonal": lambda rng, dim=DIM: orthogonal(4 * dim, dim, rng),
     "stratified": lambda rng, dim=DIM: stratified(32, dim, rng),
@@ -63,21 +64,23 @@ def test_mean_is_the_weighted_sum():
 # Gauss–Hermite -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_points", [3, 5])
+@pytest.mark.parametrize("num_points", [2, 3, 5])
 @pytest.mark.parametrize("num_signs", [1, 2, 7])
 def test_gauss_hermite_is_exact_in_one_coordinate_to_its_degree(num_signs, num_points):
-    rule = gauss_hermite(num_signs * (num_points - 1) + 1, DIM, np.random.default_rng(0), num_points)
-    assert rule.nodes.shape == (num_signs * (num_points - 1) + 1, DIM)
+    num_nodes = num_signs * (num_points // 2 * 2) + num_points % 2  # directions share the point 0
+    rule = gauss_hermite(num_nodes, DIM, np.random.default_rng(0), num_points)
+    assert rule.nodes.shape == (num_nodes, DIM)
     for degree in range(2 * num_points + 1):
         moment = 0.0 if degree % 2 else float(stats.norm.moment(degree)) if degree else 1.0
         found = rule.mean(rule.nodes**degree)
         if degree < 2 * num_points:
             close(found, torch.full((DIM,), moment).double(), atol=1e-10)
-        else:  # 9 instead of 15, 825 instead of 945
+        else:  # 1 instead of 3, 9 instead of 15, 825 instead of 945
             assert (found < 0.9 * moment).all()
 
 
 def test_a_rule_has_a_direction_at_least():
+    assert len(gauss_hermite(1, DIM, np.random.default_rng(0), 2).nodes) == 2
     assert len(gauss_hermite(1, DIM, np.random.default_rng(0)).nodes) == 3
     assert len(gauss_hermite(1, DIM, np.random.default_rng(0), 5).nodes) == 5
 
