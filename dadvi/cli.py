@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import IntEnum, StrEnum
@@ -33,7 +33,7 @@ from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
 from dadvi.checkpoint import RunDirectory
 from dadvi.errors import DadviError, InputError, ModelError
-from dadvi.families import make_family
+from dadvi.families import Family, LowRank, make_family
 from dadvi.fit import Method, check_limits
 from dadvi.fit import fit as run_fit
 from dadvi.fit import resume as run_resume
@@ -102,6 +102,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only ho
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the plan, as one JSON object.")]
 
 _ADVI = "Stochastic ADVI (giving one of these chooses it)"
+_ANCHORED = "Anchored rounds (giving one of these chooses them)"
+_EITHER = "Either method (advi, unless --method anchored or one of its own settings is given)"
 
 
 class Missing(StrEnum):
@@ -216,6 +218,7 @@ def fit(
     serial: Serial = False,
     memory: Memory = None,
     family: Annotated[FamilyName, typer.Option(help="Variational family.")] = FamilyName.MEAN_FIELD,
+    rank: Annotated[int | None, typer.Option(help=f"Rank of low_rank. Default: {LowRank.rank}.")] = None,
     tol: Annotated[float, typer.Option(help="Certificate at which a fit has converged, in posterior sds.")] = 0.1,
     max_passes: Annotated[
         float | None,
@@ -237,7 +240,24 @@ def fit(
         ),
     ] = None,
     num_draws: Annotated[
-        int | None, typer.Option(help=f"Draws of the latents a step. Default: {ADVI.num_draws}.", rich_help_panel=_ADVI)
+        int | None,
+        typer.Option(
+            help=f"Draws of the latents, for advi a step. Default: {ADVI.num_draws}, for anchored 4 to 64.",
+            rich_help_panel=_EITHER,
+        ),
+    ] = None,
+    subsample_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of the subsample on which a fit starts. Default: 20000 or more.", rich_help_panel=_EITHER
+        ),
+    ] = None,
+    curvature: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it is measured: subsample, data, or auto (default): on the subsample if that tells enough.",
+            rich_help_panel=_ANCHORED,
+        ),
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -255,6 +275,16 @@ def fit(
     ] = None,
     estimator: Annotated[
         str | None, typer.Option(help="closed_form (default), stl or monte_carlo.", rich_help_panel=_ADVI)
+    ] = None,
+    design: Annotated[
+        str | None, typer.Option(help="antithetic (default), random or orthogonal draws.", rich_help_panel=_ADVI)
+    ] = None,
+    fixed_draws: Annotated[
+        bool, typer.Option("--fixed-draws", help="The same draws in every step.", rich_help_panel=_ADVI)
+    ] = False,
+    rhat_max: Annotated[
+        float | None,
+        typer.Option(help=f"Largest R-hat of settled iterates. Default: {ADVI.rhat_max}.", rich_help_panel=_ADVI),
     ] = None,
     control_variate: Annotated[
         str | None,
@@ -292,15 +322,22 @@ def fit(
     verbose, quiet = _how_much(context, verbose, quiet)
     settings = _method(
         method,
-        batch_rows=batch_rows,
-        num_draws=num_draws,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        averaging=averaging,
-        estimator=estimator,
-        control_variate=control_variate,
+        either={"num_draws": num_draws, "subsample_rows": subsample_rows},
+        anchored={"curvature": curvature},
+        advi={
+            "batch_rows": batch_rows,
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "averaging": averaging,
+            "estimator": estimator,
+            "design": design,
+            "fixed_draws": fixed_draws or None,
+            "rhat_max": rhat_max,
+            "control_variate": control_variate,
+        },
     )
+    chosen = _family(family, rank)
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
     path = _model_path(model)
@@ -315,7 +352,7 @@ def fit(
                 loaded,
                 dataset,
                 method=settings,
-                family=make_family(family.value),
+                family=chosen,
                 max_passes=max_passes,
                 memory_budget=memory,
             )
@@ -328,7 +365,7 @@ def fit(
             loaded,
             dataset,
             method=settings,
-            family=family.value,
+            family=chosen,
             client=client,
             num_workers=num_workers,
             tol=tol,
@@ -553,15 +590,34 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _method(name: MethodName, **advi: Any) -> Method | Literal["auto"]:
-    """Return the method of that name; settings of stochastic ADVI that are not None choose it."""
-    given = {setting: value for setting, value in advi.items() if value is not None}
-    if name is MethodName.ADVI or (name is MethodName.AUTO and given):
-        return ADVI(**given)
-    if given:
-        option = next(iter(given)).replace("_", "-")
-        raise InputError(f"--{option} is a setting of stochastic ADVI and --method is {name}; drop one of them")
-    return Anchored() if name is MethodName.ANCHORED else "auto"
+def _method(
+    name: MethodName, either: Mapping[str, Any], anchored: Mapping[str, Any], advi: Mapping[str, Any]
+) -> Method | Literal["auto"]:
+    """Return the method of that name, or that which settings choose: those of one method, or of either, not None."""
+    either, anchored, advi = (
+        {setting: value for setting, value in settings.items() if value is not None}
+        for settings in (either, anchored, advi)
+    )
+    reason = f"--method is {name}"
+    if name is MethodName.AUTO:
+        if not (either or anchored or advi):
+            return "auto"
+        name = MethodName.ANCHORED if anchored else MethodName.ADVI
+        reason = f"--{next(iter(anchored), '')} is one of anchored rounds"
+    others, whose = (advi, "stochastic ADVI") if name is MethodName.ANCHORED else (anchored, "anchored rounds")
+    if others:
+        option = next(iter(others)).replace("_", "-")
+        raise InputError(f"--{option} is a setting of {whose} and {reason}; drop one of them")
+    return Anchored(**either, **anchored) if name is MethodName.ANCHORED else ADVI(**either, **advi)
+
+
+def _family(name: FamilyName, rank: int | None) -> Family:
+    """Return the family of that name, and of that rank if it has one."""
+    if rank is None:
+        return make_family(name.value)
+    if name is not FamilyName.LOW_RANK:
+        raise InputError(f"--rank is a setting of low_rank and --family is {name}; drop one of them")
+    return LowRank(rank=rank)
 
 
 def load_model(reference: str, data: ShardedDataset) -> Model:

@@ -430,8 +430,20 @@ DRY: dict[str, tuple[str, list[str]]] = {
     "model": ("model.py:not_by_row data.zarr", ["the likelihood is not additive over rows"]),
     "data": ("model.py:model gone.zarr", ["gone.zarr does not exist"]),
     "method": (
-        "model.py:model data.zarr --method anchored --num-draws 4",
-        ["--num-draws is a setting of stochastic ADVI and --method is anchored; drop one of them"],
+        "model.py:model data.zarr --method anchored --batch-rows 4",
+        ["--batch-rows is a setting of stochastic ADVI and --method is anchored; drop one of them"],
+    ),
+    "the other method": (
+        "model.py:model data.zarr --method advi --curvature data",
+        ["--curvature is a setting of anchored rounds and --method is advi; drop one of them"],
+    ),
+    "both methods": (
+        "model.py:model data.zarr --curvature data --rhat-max 1.2",
+        ["--rhat-max is a setting of stochastic ADVI and --curvature is one of anchored rounds; drop one of them"],
+    ),
+    "rank": (
+        "model.py:model data.zarr --rank 3",
+        ["--rank is a setting of low_rank and --family is mean_field; drop one of them"],
     ),
 }
 

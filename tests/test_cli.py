@@ -1,6 +1,7 @@
 """The command line as a batch job meets it: exit codes, streams, files, help, and what is seen while a fit runs."""
 
 import errno
+import inspect
 import json
 import os
 import pty
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -331,18 +332,30 @@ def test_quiet_tells_only_how_the_fit_ended(world, tmp_path):
         ["--family", "full_rank", "--optimizer", "sgd", "--schedule", "constant", "--averaging", "none"],
         ["--family", "low_rank", "--estimator", "stl", "--num-draws", "4", "--batch-rows", "500"],
         ["--control-variate", "anchor"],
+        ["--method", "anchored", "--num-draws", "6", "--subsample-rows", "700"],
+        ["--curvature", "data", "--num-draws", "6"],
+        ["--family", "low_rank", "--rank", "3", "--subsample-rows", "700", "--design", "random", "--rhat-max", "1.5"],
+        ["--fixed-draws", "True"],
     ],
 )
 def test_settings_reach_the_fit(world, tmp_path, options):
-    assert fit(world, tmp_path / "run", "--max-passes", 3, *options).code in (CONVERGED, STOPPED)
+    given = [each for each in options if each != "True"]  # which a flag goes without
+    assert fit(world, tmp_path / "run", "--max-passes", 3, *given).code in (CONVERGED, STOPPED)
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    reached = {**settings["method"], "family": settings["family"]["name"], "max_passes": settings["max_passes"]}
+    method, family = settings["method"], settings["family"]
+    reached = {**family, **method, "method": method["name"].lower(), "family": family["name"]}
     asked = {
         name.removeprefix("--").replace("-", "_"): value
         for name, value in zip(options[::2], options[1::2], strict=True)
     }
     assert {name: str(reached[name]) for name in asked} == asked
-    assert reached["max_passes"] == 3
+    assert settings["max_passes"] == 3
+    assert reached["method"] == ("anchored" if {"--method", "--curvature"} & set(options) else "advi")
+
+
+def test_every_setting_of_a_method_and_of_a_family_has_an_option():
+    settings = {each.name for kind in (package.ADVI, package.Anchored, package.LowRank) for each in fields(kind)}
+    assert settings <= set(inspect.signature(cli.fit).parameters)
 
 
 # Model files ----------------------------------------------------------------------------------------------------------
