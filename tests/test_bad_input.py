@@ -6,8 +6,11 @@ exit code 2 and one line, and leave that directory as it was. Calls from Python 
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,7 @@ def world(tmp_path_factory) -> Path:
     edit(directory / "newer_run" / "posterior.zarr", "dadvi_posterior", "document", "format", value=2)
     shutil.copytree(directory / "run" / "posterior.zarr", directory / "lost.zarr")
     (directory / "lost.zarr" / "loc" / "c" / "0").unlink()
+    write_runs(directory)
     return directory
 
 
@@ -105,12 +109,17 @@ def write_foreign(path: Path, values: dict[str, np.ndarray]) -> None:
 def edit(group: Path, *keys: str, value: object) -> None:
     """Set an entry, found by its keys, among the attributes of a group."""
     document = json.loads((group / "zarr.json").read_text())
-    entry = document["attributes"]
+    set_entry(group / "zarr.json", document, ("attributes", *keys), value)
+
+
+def set_entry(file: Path, document: Any, keys: tuple[str, ...], value: object) -> None:
+    """Write a document in which an entry, found by its keys, has another value than it had."""
+    entry = document
     for key in keys[:-1]:
         entry = entry[key]
     assert entry[keys[-1]] != value
     entry[keys[-1]] = value
-    (group / "zarr.json").write_text(json.dumps(document))
+    file.write_text(json.dumps(document))
 
 
 def flip(file: Path, position: int) -> None:
@@ -133,6 +142,7 @@ def logistic(a, b, x):
 
 
 model = dadvi.Model(prior, logistic, observed="y")
+wider = dadvi.Model({**prior, "b": Normal(0.0, 3.0)}, logistic, observed="y")
 unknown_field = dadvi.Model(prior, lambda a, b, distance: Normal(a + b * distance, 1.0), observed="y")
 unknown_observed = dadvi.Model(prior, logistic, observed="late")
 unknown_weight = dadvi.Model(prior, logistic, observed="y", weight="w")
@@ -179,6 +189,42 @@ def write_models(directory: Path) -> None:
     for name, text in JOBS.items():
         (directory / f"{name}.toml").write_text(text)
     (directory / "latin.toml").write_bytes("model = 'é.py:m'\n".encode("latin-1"))
+
+
+def write_runs(directory: Path) -> None:
+    """Write a run that stopped and can go on, and copies of it that cannot."""
+    begun = ["--out", directory / "stopped", "--serial", "--quiet", "--method", "advi", "--tol", "1e-9"]
+    ran = dadvi("fit", f"{directory / 'model.py'}:model", directory / "data.zarr", *begun, "--max-passes", "2")
+    assert ran.code == 3, ran.err
+    copies: dict[str, tuple[tuple[str, ...], object]] = {
+        "version_run": (("versions", "torch"), "1.0"),
+        "python_run": (("origin",), {}),
+        "model_moved_run": (("origin", "model"), str(directory / "moved.py:model")),
+        "model_changed_run": (("origin", "model"), str(directory / "later.py:model")),
+        "prior_changed_run": (("origin", "model"), str(directory / "model.py:wider")),
+        "data_moved_run": (("origin", "data"), str(directory / "moved.zarr")),
+        "data_shorter_run": (("origin", "data"), str(directory / "shorter.zarr")),
+        "data_changed_run": (("origin", "data"), str(directory / "first.zarr")),
+        "data_chunked_run": (("origin", "data"), str(directory / "chunked.zarr")),
+        "optimizer_run": (("method", "optimizer"), {"object": "my.Optimizer"}),
+    }
+    for name, (keys, value) in copies.items():
+        shutil.copytree(directory / "stopped", directory / name)
+        settings = directory / name / "settings.json"
+        set_entry(settings, json.loads(settings.read_text()), keys, value)
+    (directory / "later.py").write_text(MODELS.replace("logits=a + b * x", "logits=a - b * x"))
+    package.write_shards(directory / "shorter.zarr", {name: value[:-7] for name, value in fields().items()})
+    package.write_shards(directory / "chunked.zarr", fields(), chunk_rows=2 * CHUNK, shard_rows=4 * CHUNK)
+    for name, content in {"empty": "", "cut": '{"method": {"name": "ADVI"', "list": "[1, 2]", "little": "{}"}.items():
+        shutil.copytree(directory / "stopped", directory / f"settings_{name}_run")
+        (directory / f"settings_{name}_run" / "settings.json").write_text(content)
+    for name in ("flipped", "cut", "other"):
+        shutil.copytree(directory / "stopped", directory / f"checkpoint_{name}_run")
+        shutil.rmtree(directory / f"checkpoint_{name}_run" / "posterior.zarr")  # as if it had been interrupted
+    flip(directory / "checkpoint_flipped_run" / "checkpoint", 1_000)
+    checkpoint = directory / "checkpoint_cut_run" / "checkpoint"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
+    (directory / "checkpoint_other_run" / "checkpoint").write_text("notes")
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -447,6 +493,59 @@ DRY: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
+RESUME: dict[str, tuple[str, list[str]]] = {
+    "missing": ("gone", ["gone is not the directory of a run; give what a fit was told to write to"]),
+    "a file": ("table.csv", ["table.csv is not the directory of a run"]),
+    "a data set": ("data.zarr", ["data.zarr is not the directory of a run"]),
+    "a posterior": ("run/posterior.zarr", ["run/posterior.zarr is not the directory of a run"]),
+    "a URL": ("nowhere://bucket/run", ["nowhere://bucket/run cannot be used (Protocol not known: nowhere)"]),
+    "begun in Python": ("python_run", ["python_run was not begun by `dadvi fit`; go on with dadvi.resume, in Python"]),
+    "an object": ("optimizer_run", ["optimizer of the run was my.Optimizer, an object; give method="]),
+    "version": ("version_run", ["the run was made by torch 1.0, and this is ", "; use that version"]),
+    "model moved": (
+        "model_moved_run",
+        ["no model file '", "moved.py'; give the path of a Python file and a name in it"],
+    ),
+    "model changed": (
+        "model_changed_run",
+        [
+            "later.py has changed since the run began: line 10 is 'return Bernoulli(logits=a - b * x)' and was",
+            "'return Bernoulli(logits=a + b * x)'; restore it from the run's model.py, or fit anew",
+        ],
+    ),
+    "prior changed": (
+        "prior_changed_run",
+        ["the model is not that of the run: they differ in the prior of 'b'; give the model of the run, or fit anew"],
+    ),
+    "data moved": ("data_moved_run", ["moved.zarr does not exist; check the path"]),
+    "data shorter": (
+        "data_shorter_run",
+        ["shorter.zarr has 3993 rows, and the run's data had 4000; fit anew"],
+    ),
+    "data changed": (
+        "data_changed_run",
+        ["the rows of ", "first.zarr are not those of the run's data; give the run's data, or fit anew"],
+    ),
+    "data in other chunks": ("data_chunked_run", ["the metadata of ", "fields, chunks or origin differ"]),
+    "settings empty": ("settings_empty_run", ["settings_empty_run/settings.json cannot be read", "or fit again"]),
+    "settings cut": ("settings_cut_run", ["settings_cut_run/settings.json cannot be read", "or fit again"]),
+    "settings a list": ("settings_list_run", ["settings_list_run/settings.json cannot be read", "or fit again"]),
+    "settings little": ("settings_little_run", ["settings_little_run/settings.json cannot be read", "'data'"]),
+    "max_passes": ("stopped --max-passes 0", ["max_passes=0.0: it must be positive and finite"]),
+    "max_passes nan": ("stopped --max-passes nan", ["max_passes=nan: it must be positive and finite"]),
+    "checkpoint_seconds": ("stopped --checkpoint-seconds -1", ["checkpoint_seconds=-1.0: it must be at least 0"]),
+    "memory": ("stopped --max-passes 9 --memory much", ["'much'"]),
+    "workers": ("stopped --workers 0", ["--workers 0: at least 1 is needed; --serial does without"]),
+    "who works": ("stopped --workers 2 --serial", ["--scheduler, --workers and --serial exclude one another"]),
+    "verbose and quiet": ("stopped --verbose", ["--verbose and --quiet exclude one another"]),
+}
+
+CHECKPOINT: dict[str, tuple[str, list[str]]] = {
+    "flipped": ("checkpoint_flipped_run", ["checkpoint_flipped_run/checkpoint is damaged", "its checksum does not"]),
+    "cut": ("checkpoint_cut_run", ["checkpoint_cut_run/checkpoint is damaged", "its checksum does not agree"]),
+    "other": ("checkpoint_other_run", ["checkpoint_other_run/checkpoint is damaged", "does not begin as checkpoints"]),
+}
+
 ENVIRONMENT: dict[str, tuple[dict[str, str], list[str]]] = {
     "number": ({"DADVI_TOL": "small"}, ["Invalid value for '--tol'"]),
     "count": ({"DADVI_WORKERS": "many"}, ["Invalid value for '--workers'"]),
@@ -534,6 +633,45 @@ def test_a_dry_run_refuses_what_the_fit_would(here, mistake, as_json):
     one_line(refuse(here, f"fit {arguments} --dry-run", fragments, (*out, *as_json)))
 
 
+@pytest.mark.parametrize("mistake", RESUME)
+def test_resume_refuses(here, mistake):
+    arguments, fragments = RESUME[mistake]
+    where = () if "--workers" in arguments else ("--serial",)
+    one_line(refuse(here, f"resume {arguments} --quiet", fragments, where))
+
+
+@pytest.mark.parametrize("mistake", CHECKPOINT)
+def test_resume_refuses_a_damaged_checkpoint(here, mistake):
+    """That is seen when the run has been opened, for which its settings are written again, as they were."""
+    arguments, fragments = CHECKPOINT[mistake]
+    before = {path: path.read_bytes() for path in (here / arguments).iterdir()}
+    ran = dadvi("resume", arguments, "--serial", "--quiet")
+    assert (ran.code, ran.out) == (2, "")
+    one_line(ran.err)
+    for fragment in fragments:
+        assert fragment in ran.err
+    assert {path: path.read_bytes() for path in (here / arguments).iterdir()} == before
+
+
+def test_resume_refuses_a_run_that_another_process_works_in(here):
+    program = (
+        "import fcntl, sys\n"
+        "lock = open('stopped/lock', 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', file=lock, flush=True)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            fragments = ["stopped is in use by another process (held); wait for it to end, or choose another directory"]
+            one_line(refuse(here, "resume stopped --max-passes 9 --serial --quiet", fragments))
+        finally:
+            holder.kill()
+    (here / "stopped" / "lock").unlink()
+
+
 @pytest.mark.parametrize("mistake", ENVIRONMENT)
 def test_environment_variables_are_refused(here, monkeypatch, mistake):
     variables, fragments = ENVIRONMENT[mistake]
@@ -545,7 +683,7 @@ def test_environment_variables_are_refused(here, monkeypatch, mistake):
 
 def test_the_tables_hold_at_least_sixty_mistakes_each_told_in_its_own_words():
     """Of the command line alone, and counting once what is told alike in several places."""
-    tables = (INGEST, FIT, JOB, DRY, ENVIRONMENT, SUMMARY, USAGE)
+    tables = (INGEST, FIT, JOB, DRY, RESUME, CHECKPOINT, ENVIRONMENT, SUMMARY, USAGE)
     told = {tuple(fragments) for table in tables for _, fragments in table.values()}
     assert len(told) >= 60
     assert all(fragment for fragments in told for fragment in fragments)
