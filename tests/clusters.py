@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,22 @@ from distributed.utils import get_mp_context
 START_SECONDS = 60.0
 
 
+def processes() -> ForkServerContext:
+    """Return what starts processes as forks of one that has imported torch and dadvi, so that each starts at once."""
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context()  # Dask's own choice of what to import there, made at its first call
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["distributed", "dadvi"])
+    return context
+
+
 @contextmanager
 def local_client(**options: Any) -> Iterator[Client]:
     """Give a client of a new LocalCluster of single-threaded workers: local_client(processes=True, n_workers=2)."""
     free_port = {"dashboard_address": "127.0.0.1:0"}  # otherwise 8787, with a warning if another cluster has it
     with ExitStack() as stack:
-        # Workers are forks of one process that has imported torch and dadvi, so that each starts at once.
         stack.enter_context(dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}))
-        get_mp_context()  # Dask's own choice of what to import there, made at its first call
-        get_context("forkserver").set_forkserver_preload(["distributed", "dadvi"])
+        processes()
         cluster = stack.enter_context(
             LocalCluster(threads_per_worker=1, dashboard_address=None, scheduler_kwargs=free_port, **options)
         )

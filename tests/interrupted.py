@@ -1,12 +1,10 @@
-"""Fits that are interrupted: after a given number of passes, or by a signal, in a process of their own.
-
-Run as a program, ``interrupted.py DATA RUN CASE`` begins a fit in the directory RUN, or goes on with it.
-"""
+"""Fits that are interrupted: after a given number of passes, or by a signal, in a process of their own."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +12,7 @@ from unittest import mock
 import numpy as np
 import targets
 import torch
+from clusters import processes
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
@@ -106,6 +105,25 @@ def begin_or_go_on(data: Path, run: Path, case: str, every: float = 60.0) -> dad
     return dadvi.fit(model(case), opened, client="serial", run_dir=run, checkpoint_seconds=every, seed=3, **settings)
 
 
-if __name__ == "__main__":
-    begin_or_go_on(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], every=0.05)
-    os._exit(0)
+@contextmanager
+def in_a_process(data: Path, run: Path, case: str) -> Iterator[BaseProcess]:
+    """Begin a run or go on with it, with a checkpoint every 0.05 s, in a process that is at work when this yields."""
+    context = processes()
+    waiting, ready = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(data, run, case, ready))
+    process.start()
+    try:
+        assert waiting.poll(60), "the process did not start"
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+        waiting.close()
+        ready.close()
+
+
+def _work(data: Path, run: Path, case: str, ready: Connection) -> None:
+    ready.send_bytes(b"at work")
+    begin_or_go_on(data, run, case, every=0.05)
+    os._exit(0)  # at once: what is measured and killed is the fit

@@ -1,5 +1,6 @@
 """An interrupted fit goes on to the result that it would have had: wherever it stopped, by whatever worker."""
 
+import itertools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from interrupted import CASES, after_passes, begin_or_go_on, fields, told
+from interrupted import CASES, after_passes, begin_or_go_on, fields, in_a_process, told
 from torch.distributions import Bernoulli, Normal
 
 import dadvi
@@ -25,10 +26,13 @@ from dadvi.errors import DataError, InputError, ModelError, WorkError
 from dadvi.runfiles import is_run
 from dadvi.sharding import write_shards
 
-MOMENTS = int(os.environ.get("DADVI_KILLS", "2"))
-"""Moments at which a coordinator is killed: 20 for the long version, which also interrupts every case, and oftener."""
+KILLED = ("adam", "surrogate")
+"""Cases whose coordinator is killed, one of each method."""
 
-LONG = MOMENTS > 2
+KILLS = int(os.environ.get("DADVI_KILLS", "10"))
+"""How often each of them is killed. With more than 10 it is the long version, which kills and interrupts every case."""
+
+LONG = KILLS > 10
 
 
 @pytest.fixture(scope="module")
@@ -141,25 +145,60 @@ def test_a_cosine_has_an_end(data, tmp_path):
         dadvi.resume(run, interrupted.model(), data, client="serial", max_passes=8)
 
 
-@pytest.mark.parametrize("case", ["adam", "hierarchy"] if LONG else ["adam"])
-def test_a_killed_coordinator(data, quiet, tmp_path, case):
+@pytest.mark.parametrize("case", CASES if LONG else KILLED)
+def test_a_coordinator_killed_at_random_moments(data, quiet, tmp_path, case):
+    """It is killed as it begins and as it goes on, before its first checkpoint and after; bits are compared each time.
+
+    Moments are drawn from the seconds that the two parts take. One that comes after the end of a process kills nothing,
+    and is not counted.
+    """
     expected, _ = quiet(case)
-    program = [sys.executable, interrupted.__file__, str(data.location)]
-    rng = random.Random(7)
-    kills = 0
-    for moment in range(MOMENTS):
-        run = tmp_path / f"run-{moment}"
-        with subprocess.Popen([*program, str(run), case]) as process:
-            deadline = time.monotonic() + 60
-            while not run.exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 1.2))
+    with in_a_process(data.location, tmp_path / "whole", case) as process:
+        before = until(lambda: (tmp_path / "whole" / "checkpoint").exists(), process)
+        after = until(lambda: False, process)
+        assert process.exitcode == 0
+    rng, kills, gone_on, runs = random.Random(7), 0, 0, itertools.count()
+    run = tmp_path / f"run-{next(runs)}"
+    deadline = time.monotonic() + 20 * KILLS
+    while kills < KILLS:
+        assert time.monotonic() < deadline, f"only {kills} of {KILLS} processes were killed as they worked"
+        was = written(run / "checkpoint")
+        with in_a_process(data.location, run, case) as process:
+            if rng.random() < 0.3:
+                until(lambda: False, process, rng.uniform(0, before))
+            else:
+                until(lambda: written(run / "checkpoint") not in (None, was), process)  # noqa: B023
+                until(lambda: False, process, rng.uniform(0, after))
             process.kill()
-            kills += process.wait() == -signal.SIGKILL
-        assert is_run(run)
-        assert told(begin_or_go_on(data.location, run, case)) == told(expected)
-        assert not list(run.glob(".*"))
-    assert kills > 0
+            process.join()
+            killed = process.exitcode == -signal.SIGKILL
+            assert killed or process.exitcode == 0
+        if killed and run.exists():  # and not before it had begun
+            kills += 1
+            gone_on += was is not None
+            assert is_run(run) or not (run / "settings.json").exists()
+        elif killed:
+            continue
+        unfinished = not (run / "posterior.zarr").exists()
+        if not killed or kills % 3 == 0 or kills == KILLS:
+            assert told(begin_or_go_on(data.location, run, case)) == told(expected)
+            assert told(dadvi.load_posterior(run / "posterior.zarr")) == told(expected)
+            assert not unfinished or not list(run.glob(".*"))
+            run = tmp_path / f"run-{next(runs)}"
+    assert gone_on > 0
+
+
+def until(ready, process, at_most=60.0):
+    """Return the seconds until something is so, a process has ended, or so many have gone by."""
+    started = time.monotonic()
+    while not ready() and process.exitcode is None and time.monotonic() < started + at_most:
+        process.join(0.005)
+    return time.monotonic() - started
+
+
+def written(file):
+    """Return when a file was written; None if there is none."""
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def test_what_a_finished_run_left_to_tidy_is_tidied(data, quiet, tmp_path):
