@@ -153,7 +153,7 @@ def test_a_coordinator_killed_at_random_moments(data, quiet, tmp_path, case):
     and is not counted.
     """
     expected, _ = quiet(case)
-    with in_a_process(data.location, tmp_path / "whole", case) as process:
+    with in_a_process(data.location, tmp_path / "whole", case) as (process, _):
         before = until(lambda: (tmp_path / "whole" / "checkpoint").exists(), process)
         after = until(lambda: False, process)
         assert process.exitcode == 0
@@ -163,7 +163,7 @@ def test_a_coordinator_killed_at_random_moments(data, quiet, tmp_path, case):
     while kills < KILLS:
         assert time.monotonic() < deadline, f"only {kills} of {KILLS} processes were killed as they worked"
         was = written(run / "checkpoint")
-        with in_a_process(data.location, run, case) as process:
+        with in_a_process(data.location, run, case) as (process, _):
             if rng.random() < 0.3:
                 until(lambda: False, process, rng.uniform(0, before))
             else:
@@ -186,6 +186,25 @@ def test_a_coordinator_killed_at_random_moments(data, quiet, tmp_path, case):
             assert not unfinished or not list(run.glob(".*"))
             run = tmp_path / f"run-{next(runs)}"
     assert gone_on > 0
+
+
+@pytest.mark.parametrize("case", CASES if LONG else KILLED)
+def test_a_coordinator_killed_as_it_writes(data, quiet, tmp_path, case):
+    """Before any call that opens, writes, flushes, renames or removes: moments that time alone would seldom meet."""
+    expected, _ = quiet(case)
+    killed_in = partial(in_a_process, data.location, case=case, every=0.0)
+    with killed_in(run=tmp_path / "whole") as (process, told_by):
+        calls = told_by.recv()
+    assert calls > 100
+    for number in random.Random(8).sample(range(1, calls + 1), KILLS):
+        run = tmp_path / f"run-{number}"
+        with killed_in(run=run, killed_at=number) as (process, _):
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
+        ended = (run / "posterior.zarr").exists()
+        assert not run.exists() or is_run(run) or not list(run.iterdir())
+        assert told(begin_or_go_on(data.location, run, case)) == told(expected)
+        assert ended or not list(run.glob(".*"))
 
 
 def until(ready, process, at_most=60.0):
