@@ -142,7 +142,6 @@ def logistic(a, b, x):
 
 
 model = dadvi.Model(prior, logistic, observed="y")
-wider = dadvi.Model({**prior, "b": Normal(0.0, 3.0)}, logistic, observed="y")
 unknown_field = dadvi.Model(prior, lambda a, b, distance: Normal(a + b * distance, 1.0), observed="y")
 unknown_observed = dadvi.Model(prior, logistic, observed="late")
 unknown_weight = dadvi.Model(prior, logistic, observed="y", weight="w")
@@ -158,6 +157,9 @@ number = 3
 
 def broken(data):
     return data.nothing
+
+
+wider = dadvi.Model({**prior, "b": Normal(0.0, 3.0)}, logistic, observed="y")
 """
 
 

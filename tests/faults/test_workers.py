@@ -18,6 +18,7 @@ import pytest
 from clusters import local_client
 from command import MODEL, assert_same_bits, command, environment, write_data
 from command import dadvi as dadvi_command
+from distributed import Status
 from interrupted import CASES, told
 
 import dadvi
@@ -43,7 +44,7 @@ class Deadly(Pass):
         os._exit(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client():
     with local_client(processes=True, n_workers=2) as started:
         yield started
@@ -68,12 +69,20 @@ def with_likelihood(model, likelihood):
 
 @contextmanager
 def killing(client, every=2.0):
-    """Kill a random worker every so many seconds; give the list of those that were killed."""
+    """Kill a random worker every so many seconds; give the list of those that were killed.
+
+    One that is still starting is let be: Dask would not start another in its place.
+    """
     ended, killed, rng = threading.Event(), [], random.Random(0)
 
     def kill():
         while not ended.wait(every if killed else 0.5):
-            alive = [worker.pid for worker in client.cluster.workers.values() if worker.pid not in (None, *killed)]
+            working = [
+                nanny.process
+                for nanny in client.cluster.workers.values()
+                if nanny.process is not None and nanny.process.status == Status.running
+            ]
+            alive = [process.pid for process in working if process.pid not in (None, *killed)]
             if alive:
                 killed.append(rng.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)
@@ -89,16 +98,18 @@ def killing(client, every=2.0):
 
 @pytest.mark.parametrize(
     ("case", "seconds", "settings"),
-    [("anchor", 0.05, {"max_passes": 12}), ("surrogate", 0.25, {"tol": 1e-6})],
+    [("anchor", 0.05, {"max_passes": 12}), ("surrogate", 0.1, {"tol": 1e-6})],
 )
 def test_a_worker_killed_every_two_seconds_changes_no_bit(data, client, case, seconds, settings):
     model = slowed(interrupted.model(case), seconds)
     fit = partial(dadvi.fit, model, data, **{**CASES[case], **settings})
     quiet = fit(client="serial")
     with killing(client) as killed:
-        noisy = fit(client=client)
-    assert len(killed) >= 5
-    assert told(noisy) == told(quiet)
+        # A pass must be shorter than four kills are apart: all that waits on a worker counts as having ended it.
+        while len(killed) < 5:
+            before = len(killed)
+            assert told(fit(client=client)) == told(quiet)
+            assert len(killed) >= before + 2  # in the midst of a fit
 
 
 def test_a_task_that_kills_every_worker_is_given_up(data, client):
