@@ -19,6 +19,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from dadvi.errors import DataError, InputError
+from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import Posterior, TraceRow, load_posterior
 from dadvi.records import Packed
 from dadvi.runfiles import CHECKPOINT, MODEL, POSTERIOR, SETTINGS, TRACE, below, files_at, is_run
@@ -204,10 +205,10 @@ class RunDirectory:
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Write what the run is."""
+        last = self.last()  # first: where it is damaged, all stays as it is
         if self._model_file is not None and not self._resuming:
             self._files.write(MODEL, self._model_file.read_bytes())
         self._files.write(SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
-        last = self.last()
         self._write_trace(() if last is None else last.trace)
         self.begun = True
 
@@ -252,9 +253,9 @@ class RunDirectory:
             self.begun = False
 
     def tidy(self, posterior: Posterior) -> None:
-        """Do what `finish` left to do, if its process was killed after it had written these results."""
+        """Do what `finish` left to do, if its process was killed after it had written these results, and if one may."""
         if posterior.status != "stopped" and CHECKPOINT in self._files.names():
-            with self:
+            with suppress(InputError, WorkError), self:
                 self._write_trace(posterior.records)
                 self._files.remove(CHECKPOINT)
 

@@ -226,7 +226,10 @@ class DaskExecutor(_Base):
                 results = self._results(work, self._shards(chunks), check)
         except KilledWorker as error:
             raise _labelled(
-                WorkError(f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers"),
+                WorkError(
+                    f"pass {work.name!r} was given up: its task ended {error.allowed_failures + 1} workers; see their "
+                    f"logs, then {AGAIN}"
+                ),
                 label,
             ) from error
         except (InputError, WorkError, OSError) as error:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -212,7 +213,7 @@ class _Task:
                 "sample": _sample(data),
             },
             "model": model_parts(self.bound.model),
-            "versions": versions(),
+            "versions": _versions(),
         }
 
     def run(
@@ -259,6 +260,11 @@ class _Task:
         return posterior
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions on which the bits of a run depend: draws are made by NumPy and SciPy."""
+    return {**versions(), **{name: metadata.version(name) for name in ("numpy", "scipy")}}
+
+
 def _sample(data: ShardedDataset) -> str:
     """Return a digest of the first and the last chunk: what tells data from others of the same size and kind."""
     return fingerprint([dict(sorted(data.read(chunk).items())) for chunk in end_chunks(data)])
@@ -266,7 +272,7 @@ def _sample(data: ShardedDataset) -> str:
 
 def _refuse_differences(stored: Mapping[str, Any], model: Model, data: ShardedDataset) -> None:
     """Refuse to go on with other versions, another model or other data than a run began with."""
-    now = versions()
+    now = _versions()
     for name, version in stored["versions"].items():
         if now.get(name) != version:
             raise InputError(f"the run was made by {name} {version}, and this is {now.get(name)}; use that version")

@@ -8,6 +8,7 @@ there is none, and stays when its process is killed; a new run keeps what it has
 when the one that it replaces is removed; and a posterior, of many objects, is there when its description is, the last.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -64,24 +65,35 @@ class LocalFiles:
             if replacing:
                 self._put_aside()
         except OSError as error:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._cannot_write("", error) from error
             raise InputError(f"cannot write to {path}: {error.strerror}; choose another directory") from error
 
     def unlock(self, *, undo: bool) -> None:
-        """Let others in."""
-        if undo and not (self.location / EARLIER).exists():
-            shutil.rmtree(self.location, ignore_errors=True)
-        elif undo:
-            self._bring_back()
-        elif self.names() & {CHECKPOINT, POSTERIOR}:
+        """Let others in, and settle which run is here: none that failed, if told to undo it, or that has not begun."""
+        names = self.names()
+        if undo or SETTINGS not in names:
+            if EARLIER in names:
+                self._bring_back()
+            else:
+                for name in names - {LOCK}:
+                    _remove(self.location / name)
+        elif names & {CHECKPOINT, POSTERIOR}:
             self.commit()
         self.remove(LOCK)
+        with suppress(OSError):
+            self.location.rmdir()  # if it is empty
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def recover(self) -> None:
         """Bring a run back whose replacement was killed before it had begun."""
-        if self.names() & {EARLIER, MOVING} and SETTINGS not in self.names():
+        names = self.names()
+        if MOVING in names or (EARLIER in names and SETTINGS not in names):
             self.lock(replacing=False)
             self.unlock(undo=False)
 
@@ -99,6 +111,7 @@ class LocalFiles:
 
     def _bring_back(self) -> None:
         """Have the run that waits take the place of its replacement."""
+        self.remove(SETTINGS)  # first: what is half removed is no run to go on with
         for name in self.names() - {LOCK, EARLIER}:
             _remove(self.location / name)
         (self.location / EARLIER).rename(self.location / MOVING)
@@ -216,6 +229,7 @@ def _locked(directory: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_at(descriptor, directory / LOCK):  # it was removed since by the process that held it
+            os.close(descriptor)
             return _locked(directory)
     except BlockingIOError as error:
         holder = os.read(descriptor, 1_000).decode(errors="replace").strip() or "unknown"
@@ -402,7 +416,7 @@ def _is_of_run(path: Path) -> bool:
 
 def _of_run(names: set[str]) -> bool:
     strange = {name for name in names - NAMES if not (name.startswith(".") and name.endswith(PARTIAL))}
-    return bool(names & {SETTINGS, LOCK}) and not strange
+    return bool(names) and not strange
 
 
 def _has_not_begun(names: set[str]) -> bool:

@@ -19,7 +19,7 @@ if [[ -e $run/settings.json ]]; then
   fit=(dadvi resume "$run")
 else
   fit=(dadvi fit "$model" "$data" --out "$run" --overwrite)  # overwrites what a run leaves that is killed before it has begun
-  "${fit[@]}" --dry-run >/dev/null 2>&1 || dadvi ingest "$table" "$data" --missing drop --overwrite --fields "$fields"
+  [[ -e $data/zarr.json ]] || dadvi ingest "$table" "$data" --missing drop --overwrite --fields "$fields"
 fi
 
 "${fit[@]}" --json >"$result" &

@@ -218,6 +218,10 @@ class NumericEncoder:
                     f"column '{column}' is constant ({low}), so its sd is 0 and it cannot be standardised; "
                     f"leave it out of field '{self._spec.name}', or leave out :standardize"
                 )
+            if sd == 0:  # whose square is no float64
+                raise DataError(
+                    f"column '{column}' goes from {low} to {high}, too little to be standardised in float64; rescale it"
+                )
 
 
 class CategoryEncoder:

@@ -5,9 +5,11 @@ each chunk with a CRC-32C of its own. Where chunks are stored as they lie in mem
 already holds what a read would copy, and copies into new memory cost several times the arithmetic on them.
 """
 
+import errno
 import math
 import mmap
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,14 +96,28 @@ class MappedArray:
 
 
 def _mapped(path: str, offset: int, length: int) -> NDArray[np.uint8]:
-    """Return bytes of a file as a private mapping: as `np.memmap` does, in less of the time that every chunk costs."""
+    """Return bytes of a file as a private mapping: as `np.memmap` does, in less of the time that every chunk costs.
+
+    A mapping holds its file open: a process that keeps many chunks has more open files than it is allowed at first.
+    """
     skipped = offset % mmap.ALLOCATIONGRANULARITY
     try:
         with open(path, "rb") as file:  # noqa: PTH123
             held = mmap.mmap(file.fileno(), skipped + length, access=mmap.ACCESS_COPY, offset=offset - skipped)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _allow_more_files():
+            raise
+        return _mapped(path, offset, length)
     return np.frombuffer(held, np.uint8, length, skipped)
+
+
+def _allow_more_files() -> bool:
+    """Let this process have as many open files as it may ask for; return whether these are more than before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft != hard
 
 
 def _is_plain(codecs: Sequence[dict[str, Any]]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dadvi.runfiles import CHECKPOINT, LOCK, POSTERIOR, SETTINGS, TRACE, LocalFiles, is_run
+from dadvi.runfiles import CHECKPOINT, LOCK, MOVING, POSTERIOR, SETTINGS, TRACE, LocalFiles, is_run
 
 EARLIER = {SETTINGS: "earlier", TRACE: "rows", f"{POSTERIOR}/zarr.json": "result", f"{POSTERIOR}/loc/c/0": "numbers"}
 KILLED = 77
@@ -106,7 +106,40 @@ def test_a_process_that_is_killed_as_it_brings_the_earlier_run_back_leaves_it(tm
     assert step > 10
 
 
-@pytest.mark.parametrize("left", [{}, {LOCK: ""}, {LOCK: "", "model.py": "x = 1"}, {LOCK: "", ".model.py.partial": ""}])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interrupt_before_the_first_checkpoint_loses_neither(tmp_path, begun):
+    run = tmp_path / "run"
+    make_earlier(run)
+    files = LocalFiles(run)
+    files.lock(replacing=True)
+    if begun:
+        files.write(SETTINGS, b"new")
+    files.unlock(undo=False)  # as an interrupt does, after which a run can be resumed
+    assert is_run(run)
+    assert content(run)[SETTINGS] == ("new" if begun else "earlier")
+    fail(run)
+    assert content(run) == EARLIER
+
+
+@pytest.mark.parametrize("moved", [POSTERIOR, SETTINGS])
+def test_a_run_of_which_a_part_was_put_aside_is_whole_before_it_is_read(tmp_path, moved):
+    run = tmp_path / "run"
+    make_earlier(run)
+    (run / MOVING).mkdir()
+    (run / moved).rename(run / MOVING / moved)
+    LocalFiles(run).recover()
+    assert content(run) == EARLIER
+
+
+def test_an_interrupt_before_a_first_run_has_begun_leaves_nothing(tmp_path):
+    files = LocalFiles(tmp_path / "run")
+    files.lock(replacing=False)
+    files.write("model.py", b"x = 1")
+    files.unlock(undo=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("left", [{}, {LOCK: ""}, {"model.py": "x = 1"}, {LOCK: "", ".model.py.partial": ""}])
 def test_a_directory_in_which_nothing_has_begun_is_free(tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()

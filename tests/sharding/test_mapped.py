@@ -1,8 +1,10 @@
 """Mapped shards: what they are read as, that Zarr reads the same, and that no damaged byte passes."""
 
 import mmap
+import resource
 
 import numpy as np
+import psutil
 import pytest
 import zarr
 
@@ -48,6 +50,19 @@ def test_a_chunk_is_not_copied_and_writing_to_it_does_not_reach_the_disk(data):
     assert isinstance(base.obj, mmap.mmap)
     values[:] = 7
     np.testing.assert_array_equal(mapped(data, "x").read(0), FIELDS["x"][:CHUNK])
+
+
+def test_more_chunks_may_be_kept_than_files_may_be_open_at_first(data):
+    array = mapped(data, "x")
+    array.read(0)  # its index needs a file too
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = psutil.Process().num_fds()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 5, limits[1]))
+    try:
+        kept = [array.read(chunk % 4) for chunk in range(20)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_array_equal(kept[-1], FIELDS["x"][3 * CHUNK : 4 * CHUNK])
 
 
 def test_what_is_not_stored_plainly_is_left_to_zarr(tmp_path):
