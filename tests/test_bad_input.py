@@ -526,9 +526,9 @@ RESUME: dict[str, tuple[str, list[str]]] = {
     ),
     "data changed": (
         "data_changed_run",
-        ["the rows of ", "first.zarr are not those of the run's data; give the run's data, or fit anew"],
+        ["the metadata of ", "first.zarr have", "chunks, rows or origin differ; give the run's data, or fit anew"],
     ),
-    "data in other chunks": ("data_chunked_run", ["the metadata of ", "fields, chunks or origin differ"]),
+    "data in other chunks": ("data_chunked_run", ["the metadata of ", "fields, chunks, rows or origin differ"]),
     "settings empty": ("settings_empty_run", ["settings_empty_run/settings.json cannot be read", "or fit again"]),
     "settings cut": ("settings_cut_run", ["settings_cut_run/settings.json cannot be read", "or fit again"]),
     "settings a list": ("settings_list_run", ["settings_list_run/settings.json cannot be read", "or fit again"]),
