@@ -326,7 +326,7 @@ def solve(
     unit
         Of each coordinate (D,); None for its posterior sd.
     curved
-        Whether the curvature is of interest: it is measured where the search ends, and was measured near there if not.
+        Whether the curvature is wanted where the search ends; if not, one that was measured nearby will do.
 
     Returns
     -------

@@ -2,10 +2,12 @@
 
 On a disk a file is written under another name, flushed and renamed, and so is there whole or not at all; a lock ends
 with its process; and a run that is to be replaced is put aside, in the same directory, until the new one has a
-checkpoint: a process that is killed before loses neither. An object store
-writes an object whole or not at all by itself, but renames nothing. There a lock is an object that is created where
-there is none, and stays when its process is killed; a new run keeps what it has to write until its first checkpoint,
-when the one that it replaces is removed; and a posterior, of many objects, is there when its description is, the last.
+checkpoint: a process that is killed before loses neither.
+
+An object store writes an object whole or not at all by itself, but renames nothing. There a lock is an object that is
+created where there is none, and stays when its process is killed; a new run keeps what it has to write until its first
+checkpoint, when the one that it replaces is removed; and a posterior, of many objects, is there when its description
+is, the last.
 """
 
 import errno
@@ -61,7 +63,7 @@ class LocalFiles:
         try:
             path.mkdir(exist_ok=True)
             self._lock = _locked(path)
-            self._recover(replacing=replacing)
+            self._clear_up(replacing=replacing)
             if replacing:
                 self._put_aside()
         except OSError as error:
@@ -122,8 +124,8 @@ class LocalFiles:
             entry.rename(self.location / entry.name)
         (self.location / MOVING).rmdir()
 
-    def _recover(self, *, replacing: bool) -> None:
-        """Clear up after a process that was killed here."""
+    def _clear_up(self, *, replacing: bool) -> None:
+        """Settle which run is here after a process that was killed, and remove its unfinished files."""
         if (self.location / MOVING).exists():
             self._move_back()
         if self.names() & {CHECKPOINT, POSTERIOR}:
@@ -416,7 +418,8 @@ def _is_of_run(path: Path) -> bool:
 
 def _of_run(names: set[str]) -> bool:
     strange = {name for name in names - NAMES if not (name.startswith(".") and name.endswith(PARTIAL))}
-    return bool(names) and not strange
+    # A file called model.py alone may be anyone's.
+    return bool(names & {SETTINGS, LOCK, EARLIER, MOVING}) and not strange
 
 
 def _has_not_begun(names: set[str]) -> bool:

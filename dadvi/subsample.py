@@ -223,9 +223,8 @@ def _improve(
     value, grad = negative_elbo(x)
     if 0.5 * float(np.square(grad[: model.dim]).sum()) < least_gain:
         return whitening.member(theta_at(x)), -value
-    unit = _first_step(
-        negative_elbo, x, value, grad[: model.dim], np.exp(log_scale)
-    )  # L-BFGS tries a step of length 1 first
+    # L-BFGS tries a step of length 1 first.
+    unit = _first_step(negative_elbo, x, value, grad[: model.dim], np.exp(log_scale))
     solution = scipy.optimize.minimize(
         negative_elbo,
         x,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A complete batch job: a table becomes a data set, a model is fitted to it, and the summary lies beside the posterior.
 # Submit it to a batch system as it is, or run it by hand. Where the work is done is said by the environment: DADVI_SCHEDULER, DADVI_WORKERS or DADVI_SERIAL=1, and any other
-# option of the fit likewise. Run again, as when the system queues it again, it goes on: a data set that the model can be fitted to is kept, and a run that has begun is resumed.
+# option of the fit likewise. Run again, as when the system queues it again, it goes on: a data set on a disk is kept, and a run that has begun is resumed.
 # To begin anew remove DIRECTORY, and DATA.zarr if it is elsewhere.
 # usage: bash scripts/batch_job.sh TABLE "FIELDS" MODEL.py:NAME DIRECTORY [DATA.zarr]       DATA.zarr: DIRECTORY/data.zarr unless told, or a URL
 # Exit codes are those of dadvi fit: 0 converged, 3 stopped before that (with a result) or interrupted (without), others as the README says.
@@ -18,7 +18,7 @@ mkdir -p "$directory"
 if [[ -e $run/settings.json ]]; then
   fit=(dadvi resume "$run")
 else
-  fit=(dadvi fit "$model" "$data" --out "$run" --overwrite)  # overwrites what a run leaves that is killed before it has begun
+  fit=(dadvi fit "$model" "$data" --out "$run")
   [[ -e $data/zarr.json ]] || dadvi ingest "$table" "$data" --missing drop --overwrite --fields "$fields"
 fi
 

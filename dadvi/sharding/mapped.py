@@ -35,9 +35,7 @@ class MappedArray:
     chunk_shape: tuple[int, ...]
     chunks_per_shard: int
     dtype: np.dtype[Any]  # little-endian
-    _shards: dict[int, tuple[str, NDArray[np.void]]] = field(
-        default_factory=dict
-    )  # path and index of those read so far
+    _shards: dict[int, tuple[str, NDArray[np.void]]] = field(default_factory=dict)  # path and index, once read
 
     @classmethod
     def of(cls, array: "zarr.Array[Any]", directory: Path) -> Self | None:
@@ -96,7 +94,7 @@ class MappedArray:
 
 
 def _mapped(path: str, offset: int, length: int) -> NDArray[np.uint8]:
-    """Return bytes of a file as a private mapping: as `np.memmap` does, in less of the time that every chunk costs.
+    """Return bytes of a file as a private mapping, without what `np.memmap` does to a path for every chunk.
 
     A mapping holds its file open: a process that keeps many chunks has more open files than it is allowed at first.
     """

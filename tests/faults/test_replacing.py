@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dadvi.errors import DataError
 from dadvi.runfiles import CHECKPOINT, LOCK, MOVING, POSTERIOR, SETTINGS, TRACE, LocalFiles, is_run
 
 EARLIER = {SETTINGS: "earlier", TRACE: "rows", f"{POSTERIOR}/zarr.json": "result", f"{POSTERIOR}/loc/c/0": "numbers"}
@@ -139,7 +140,13 @@ def test_an_interrupt_before_a_first_run_has_begun_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("left", [{}, {LOCK: ""}, {"model.py": "x = 1"}, {LOCK: "", ".model.py.partial": ""}])
+def test_a_directory_with_a_model_of_the_users_is_not_ours(tmp_path):
+    (tmp_path / "model.py").write_text("x = 1")
+    with pytest.raises(DataError, match="nothing that dadvi wrote"):
+        LocalFiles(tmp_path).check(overwrite=True)
+
+
+@pytest.mark.parametrize("left", [{}, {LOCK: ""}, {LOCK: "", "model.py": "x = 1"}, {LOCK: "", ".model.py.partial": ""}])
 def test_a_directory_in_which_nothing_has_begun_is_free(tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()
