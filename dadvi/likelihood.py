@@ -270,10 +270,26 @@ def concatenated(batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def weighted(outputs: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-    """Return Σ ⟨f, g⟩ over outputs f and fixed g of their shapes, whose gradient carries g to what f is computed from.
+    """Return what has the gradient of Σ ⟨f, g⟩ over outputs f and fixed g, as large or smaller, and is itself 0.
 
     `torch.autograd.grad` does the same with `grad_outputs`, but imports SymPy for it: half a second of the first pass,
     and 33 MiB of every process.
     """
-    total: Tensor = reduce(operator.add, ((f * g).sum() for f, g in zip(outputs, weights, strict=True)))
+    total: Tensor = reduce(operator.add, map(_Carried.apply, outputs, weights))
     return total
+
+
+class _Carried(torch.autograd.Function):
+    """Carries g to what f is computed from, without a product of the two."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, g: Tensor) -> Tensor:
+        """Return 0."""
+        ctx.save_for_backward(g.expand_as(f))
+        return f.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        """Return g."""
+        (g,) = ctx.saved_tensors
+        return g, None

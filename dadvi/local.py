@@ -28,7 +28,7 @@ from dadvi.errors import ModelError
 from dadvi.executors import Executor
 from dadvi.families import Gaussian, MeanField
 from dadvi.model import Model
-from dadvi.passes import Expansion, Gradient, HessianVector
+from dadvi.passes import Expansion, ExpansionSums, Gradient, HessianVector
 from dadvi.quadratic import Certificate, Curvature, optimum, prior_hessian
 from dadvi.quadrature import Rule
 from dadvi.scales import Scales
@@ -155,11 +155,21 @@ class Taylor:
             Those that multiply effects, and the structure of the Hessian.
 
         """
+        sums = executor.run(cls.work(q, noise, scales), check=check, label=label)
+        return cls.of(sums, q, noise, scales)
+
+    @staticmethod
+    def work(q: Gaussian, noise: "Noise", scales: Scales) -> Expansion:
+        """Return the pass whose sums tell the expansion about the mean of q."""
         eta = q.transform(noise.likelihood.nodes)
         around = scales.at_origin(q.transform(noise.curvature.nodes), q.loc)
-        hessian = (around.numpy(), noise.curvature.weights.numpy(), scales.structure)
         held = tuple(scales.coordinates.tolist()) if scales.affine else ()
-        sums = executor.run(Expansion(Gradient(eta.numpy()), *hessian, held), check=check, label=label)
+        return Expansion(Gradient(eta.numpy()), around.numpy(), noise.curvature.weights.numpy(), scales.structure, held)
+
+    @classmethod
+    def of(cls, sums: ExpansionSums, q: Gaussian, noise: "Noise", scales: Scales) -> "Taylor":
+        """Return the expansion about the mean of q, from the sums of its pass."""
+        eta = q.transform(noise.likelihood.nodes)
         bend = scales.unbent(scales.structure.arrowhead(torch.from_numpy(sums.products)))
         nothing = torch.zeros_like(q.loc)
         plain = cls(q.loc, scales, 0.0, nothing, bend, noise.likelihood.errors(nothing.expand(len(eta), -1)))

@@ -298,9 +298,8 @@ class Certificate:
         """
         if curvature.flat:
             return cls(math.inf, math.inf, sd_error)
-        unit = curvature.stddev
-        away, errors = curvature.solve(grad) / unit, curvature.solve(grad_errors) / unit
-        return cls(*_expected(away, errors), sd_error, _expected(torch.zeros_like(away), errors)[0])
+        away, errors = (curvature.solve(each) / curvature.stddev for each in (grad, grad_errors))
+        return cls(*_expected(away, errors), sd_error, largest_error(grad_errors, curvature))
 
     def or_farther(self, q: Gaussian, aim: Gaussian, curvature: Curvature, grad_errors: Tensor) -> "Certificate":
         """Return the certificate of q with every figure at least as large as what lies between q and `aim`.
@@ -316,6 +315,12 @@ class Certificate:
     def within(self, tol: float) -> bool:
         """Tell whether means are within `tol` posterior sds, and sds, where that is known, within a fraction `tol`."""
         return self.max <= tol and not self.sd_error > tol
+
+
+def largest_error(grad_errors: Tensor, curvature: Curvature) -> float:
+    """Return the largest coordinate, in posterior sds, of the distance that errors of a gradient (M draws, D) make."""
+    errors = curvature.solve(grad_errors) / curvature.stddev
+    return _expected(torch.zeros_like(errors[0]), errors)[0]
 
 
 def _expected(away: Tensor, errors: Tensor) -> tuple[float, float]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dadvi.families import Family, Gaussian
-from dadvi.local import Bends, LocalModel, Noise, Surrogate, solve
+from dadvi.local import Bends, LocalModel, Noise, Surrogate, Taylor, solve
 from dadvi.model import Model
-from dadvi.passes import HessianVector
-from dadvi.quadratic import Curvature, optimum, prior_draws, prior_hessian
+from dadvi.passes import HessianVector, scale
+from dadvi.quadratic import Curvature, largest_error, optimum, prior_draws, prior_hessian
 from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
 from dadvi.scales import Scales, find_scales
 from dadvi.structure import Arrowhead, Structure
@@ -47,12 +47,21 @@ data; half the tolerance, if that is less."""
 NARROW = 0.003
 """Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
 
+FEWER_POINTS, MOST_POINTS = (2, 3), 5
+"""Points along each direction of the draws for a pass that measures Hessians too."""
+
 COARSE = 0.03
-"""Norm of the relative errors, over the effects of groups, of precisions averaged by rules of three points along a
-direction, above which there are five: errors of all groups together move the scale that they share."""
+"""Norm of the relative errors, over the effects of groups, of precisions averaged by fewer points, above which there
+are more: errors of all groups together move the scale that they share."""
 
 TAYLOR_DRAWS = 32
-"""Draws of q for a pass that measures Hessians too: beside these they cost little."""
+"""Draws of q for a pass that measures Hessians too, at most."""
+
+LITTLE = 0.2
+"""What these draws may leave unknown, of the tolerance."""
+
+DIRECTIONS = 4
+"""Directions of those by which it is estimated how much they leave."""
 
 FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
 """Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
@@ -137,17 +146,17 @@ class Search:
         work = HessianVector(at.nodes.numpy(), self.structure.tangents())
         seen = self.subsample.for_curvature.sliced(SLICES)
         parts = [self.structure.arrowhead(torch.from_numpy(sums.products)) for sums in seen.each(work)]
-        scale = self.subsample.num_rows / seen.num_rows
-        of_subsample, of_prior = sum(parts[1:], parts[0]) * scale, prior_hessian(self.model, at, self.structure)
+        more = self.subsample.num_rows / seen.num_rows
+        of_subsample, of_prior = sum(parts[1:], parts[0]) * more, prior_hessian(self.model, at, self.structure)
         unit = Curvature.of(-(of_subsample + of_prior)).stddev
-        factor, bend = self.factor * scale, of_subsample * self.factor
+        factor, bend = self.factor * more, of_subsample * self.factor
         curvature = Curvature.of(-(bend + of_prior))
         q = optimum(self.family, warm.loc, curvature)
         scales, sd_noise, bends = None, 0.5 * _precision_noise(parts, factor, curvature), None
         poorly_seen = self.curvature_from == "auto" and sd_noise > min(POORLY_SEEN, self.tol / 2)
         if poorly_seen or self.curvature_from == "data":
             scales, sd_noise = find_scales(seen, self.structure, self.seed), 0.0
-            noise = self._draws_for_expansion(q, noise, curvature, seen, factor)
+            noise = self._draws_for_expansion(q, noise, curvature, seen, factor, scales)
         elif self.factor > 1 and self._is_narrow(q, noise, seen, parts, curvature):
             mean = Rule.equal(torch.zeros_like(noise.curvature.nodes[:1]))
             # Over so little no third point, between two along the same directions, tells more.
@@ -183,27 +192,51 @@ class Search:
         return float((factor * change / curvature.precision_diagonal).abs().max()) < NARROW
 
     def _draws_for_expansion(
-        self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float
+        self, q: Gaussian, noise: Noise, curvature: Curvature, seen: Subsample, factor: float, scales: Scales
     ) -> Noise:
-        """Return the draws for passes that measure Hessians too, and whose local model has no other draws."""
-        num_draws, dim = self.num_draws or TAYLOR_DRAWS, self.family.noise_dim(self.model.dim)
-        if len(noise.likelihood.nodes) > num_draws:
+        """Return the draws for passes that measure Hessians too, and whose local model has no other draws.
+
+        There are as few as an expansion says will do that is made on slices of S (`seen`), times `factor`.
+        """
+        most = self.num_draws or TAYLOR_DRAWS
+        if len(noise.likelihood.nodes) > most:
             return noise
-        coarse, fine = (
-            replace(
-                fixed_draws(num_draws, dim, random_stream(self.seed, Purpose.DRAWS, 2), num_points), prior=noise.prior
-            )
-            for num_points in (3, 5)
-        )
+
+        def drawn(num_draws: int, num_points: int) -> Noise:
+            stream = random_stream(self.seed, Purpose.DRAWS, 2)
+            dim = self.family.noise_dim(self.model.dim)
+            return replace(fixed_draws(num_draws, dim, stream, num_points), prior=noise.prior)
+
         if not self.structure.groups.numel():
-            return coarse
-        nodes = q.transform(torch.cat([coarse.curvature.nodes, fine.curvature.nodes]))
-        weights = torch.cat([coarse.curvature.weights, -fine.curvature.weights])
-        work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
-        products = torch.from_numpy(seen.run(work).products)[:, self.structure.groups]
-        difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
-        error = difference / curvature.precision_diagonal[self.structure.groups]
-        return fine if float(error.norm()) > COARSE else coarse
+            return drawn(most, 3)
+        num_points = self._points_along(q, curvature, seen, factor, scales)
+        if self.num_draws is not None:
+            return drawn(most, num_points)
+        of_direction = 2 * (num_points // 2)  # draws but 0
+        some = drawn(DIRECTIONS * of_direction, num_points)
+        sums = scale(seen.run(Taylor.work(q, some, scales)), factor)
+        unknown = largest_error(Taylor.of(sums, q, some, scales).left_errors, curvature)
+        directions = max(2, math.ceil(DIRECTIONS * (unknown / (LITTLE * self.tol)) ** 2))  # it falls like 1/√K
+        return drawn(min(directions * of_direction, most), num_points)
+
+    def _points_along(self, q: Gaussian, curvature: Curvature, seen: Subsample, factor: float, scales: Scales) -> int:
+        """Return how many points along a direction tell the precisions of groups' effects, as slices of S say."""
+        groups, dim = self.structure.groups, self.family.noise_dim(self.model.dim)
+
+        def along(num_points: int) -> Rule:
+            return gauss_hermite(1, dim, random_stream(self.seed, Purpose.DRAWS, 3), num_points)
+
+        fine = along(MOST_POINTS)
+        for num_points in FEWER_POINTS:
+            coarse = along(num_points)
+            nodes = scales.at_origin(q.transform(torch.cat([coarse.nodes, fine.nodes])), q.loc)
+            weights = torch.cat([coarse.weights, -fine.weights])
+            work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
+            products = torch.from_numpy(seen.run(work).products)[:, groups]
+            difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # (J, C)
+            if float((difference / curvature.precision_diagonal[groups]).norm()) <= COARSE:
+                return num_points
+        return MOST_POINTS
 
     def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float, *, curved: bool = True) -> Gaussian:
         return solve(self.model, local, q, noise.expectations(self.model, local, q), noise, tol, curved=curved)[0]

@@ -93,23 +93,24 @@ class Structure:
         """Return the tangents whose products tell the prior's Hessian.
 
         They are fewer: one probe does for all the dense coordinates that curve with hubs at most, such as slopes, or
-        effects and not their scale (star colouring: Coleman & Moré 1984).
+        effects and not their scale (star colouring: Coleman & Moré 1984). It is that of the groups, if there are any.
         """
-        units, hubs = self.tangents()[: len(self.dense)], self.hubs.numpy()
-        return np.concatenate([units[hubs], units[~hubs].sum(0, keepdims=True), self.probes()])
+        units, hubs, probes = self.tangents()[: len(self.dense)], self.hubs.numpy(), self.probes()
+        others = units[~hubs].sum(0, keepdims=True)
+        return np.concatenate([units[hubs], others + probes[:1] if len(probes) else others, probes[1:]])
 
     def prior_arrowhead(self, products: Tensor) -> "Arrowhead":
         """Return the prior's Hessian from its products with `prior_tangents`."""
-        of_hubs, of_others, of_probes = products.split([int(self.hubs.sum()), 1, self.groups.shape[1]])
+        of_hubs, of_probes = products.tensor_split([int(self.hubs.sum())])
         hubs, others = self.dense[self.hubs], self.dense[~self.hubs]
         of_dense = products.new_zeros(len(self.dense), self.dim)
         of_dense[self.hubs] = of_hubs
         # What an other has in common with a hub is known from the hub.
         with_hubs = products.new_zeros(len(others), self.dim)
         with_hubs[:, hubs] = of_hubs[:, others].T
-        with_hubs[torch.arange(len(others)), others] = of_others[0, others]
+        with_hubs[torch.arange(len(others)), others] = of_probes[0, others]
         of_dense[~self.hubs] = with_hubs
-        return self.arrowhead(torch.cat([of_dense, of_probes]))
+        return self.arrowhead(torch.cat([of_dense, of_probes[: self.groups.shape[1]]]))
 
     def from_matrix(self, matrix: Tensor) -> "Arrowhead":
         """Return what a symmetric matrix (D, D) has in the places of this structure."""

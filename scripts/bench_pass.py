@@ -35,7 +35,7 @@ from dadvi.passes import Gradient, GradientSums, single_thread
 from dadvi.stopwatch import Stopwatch
 from dadvi.types import Batch
 
-CHUNK_ROWS = 8_000
+CHUNK_ROWS = 20_000
 """Of any number of rows, so that a quick run has what every chunk costs in the same proportion."""
 
 BLOCK_ROWS = 2_048

@@ -14,7 +14,7 @@ import torch
 from torch.distributions import Bernoulli, HalfNormal, Normal
 
 import dadvi
-from dadvi import anchored, probing
+from dadvi import anchored, probing, starting
 from dadvi.binding import bind_to
 from dadvi.checkpoint import NoJournal
 from dadvi.errors import InputError, ShuffleWarning
@@ -692,13 +692,25 @@ def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, sa
     assert ((posterior.curvature.stddev / dense.curvature.stddev - 1).abs().numpy() < bound).all()
 
 
-def test_effects_that_few_rows_tell_are_averaged_by_finer_rules(write, visits):
+def test_effects_that_few_rows_tell_are_averaged_by_finer_rules(write, visits, monkeypatch):
     method = dadvi.Anchored(curvature="data")
-    for num_groups, num_rows, num_points in ((300, 900, 5), (60, 30_000, 3)):
-        model, fields = many_groups(True, num_groups, num_rows)
-        data = write(fields, f"{num_groups}.zarr", chunk_rows=500)
+    for num_groups, coarse, num_points in ((300, 0.03, 2), (1_000, 0.03, 3), (300, 0.002, 5)):
+        monkeypatch.setattr(starting, "COARSE", coarse)
+        model, fields = many_groups(True, num_groups, 10 * num_groups)
+        data = write(fields, f"{num_groups}-{coarse}.zarr", chunk_rows=500)
         dadvi.fit(model, data, method=method, client="serial", max_passes=1)
         assert len(visits[-1][3].noise.curvature.nodes) == num_points
+
+
+def test_an_expansion_has_the_draws_that_its_tolerance_needs(write, visits):
+    model, fields = many_groups(True, 300, 3_000)
+    data, used = write(fields, chunk_rows=500), []
+    for tol in (0.1, 0.03, 0.001):
+        method = dadvi.Anchored(curvature="data", subsample_rows=1_000)
+        posterior = dadvi.fit(model, data, method=method, client="serial", tol=tol)
+        assert posterior.certificate.floor < tol or tol < 0.01
+        used.append(len(visits[-1][3].noise.likelihood.nodes))
+    assert used[0] == 4 < used[1] < used[2] == starting.TAYLOR_DRAWS
 
 
 @pytest.mark.parametrize("centred", [True, False])
