@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ class _Believed:
 def believing() -> Iterator[None]:
     """Compute no checksums while the body runs."""
     verifying = mapped.crc32c
-    mapped.crc32c = SimpleNamespace(crc32c=lambda _: _Believed())
+    mapped.crc32c = lambda _: _Believed()
     try:
         yield
     finally:

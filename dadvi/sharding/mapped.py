@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import crc32c
 import numpy as np
 import zarr
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("length", "<u8")])
@@ -73,7 +73,7 @@ class MappedArray:
             raise ValueError(f"{path} has {length} bytes of it, not {size + CHECKSUM.itemsize}.")
         stored = _mapped(path, offset, length)
         values = stored[:size]
-        if crc32c.crc32c(values.data) != stored[size:].view(CHECKSUM)[0]:
+        if crc32c(values.data) != stored[size:].view(CHECKSUM)[0]:
             raise ValueError("its checksum is not that of its bytes.")
         # A chunk starts where the one before ended, which need not be where a number may start.
         return np.require(values.view(self.dtype).reshape(self.chunk_shape), requirements="A")
@@ -88,7 +88,7 @@ class MappedArray:
             start = file.seek(0, os.SEEK_END) - size - CHECKSUM.itemsize
             file.seek(max(0, start))
             stored = file.read()
-        if start < 0 or crc32c.crc32c(stored[:size]) != np.frombuffer(stored[size:], CHECKSUM)[0]:
+        if start < 0 or crc32c(stored[:size]) != np.frombuffer(stored[size:], CHECKSUM)[0]:
             raise ValueError(f"the index at the end of {path} is not what its checksum says.")
         return str(path), np.frombuffer(stored[:size], INDEX_ENTRY)
 

@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from keyword import iskeyword
 from typing import Any
 
-import crc32c
 import numpy as np
 import zarr
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -177,7 +177,7 @@ class Draft:
 def write_rows(array: "zarr.Array[Any]", start: int, values: NDArray[Any]) -> int:
     """Write rows from `start` on, and return their CRC-32C."""
     array[start : start + len(values)] = values
-    return int(crc32c.crc32c(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data))
+    return int(crc32c(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data))
 
 
 def _write_blocks(draft: Draft, blocks: Iterable[Block]) -> list[list[int]]:
