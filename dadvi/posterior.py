@@ -64,6 +64,7 @@ class TraceRow:
     certificate: float = math.nan  # largest predicted distance to the optimum, in posterior sds
     length: float = math.nan  # of the step that led here, its largest coordinate in posterior sds
     read: float = 0.0  # seconds of passes so far, as `Profile`: those of workers as a mean over workers
+    decode: float = 0.0
     check: float = 0.0
     forward: float = 0.0
     backward: float = 0.0

@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
-Phase = Literal["read", "check", "forward", "backward"]
-"""What a worker does: read and verify chunks, check rows, evaluate the likelihood, differentiate it."""
+Phase = Literal["read", "decode", "check", "forward", "backward"]
+"""What a worker does: get and verify chunks, decode them, check rows, evaluate the likelihood, differentiate it."""
 
 
 @dataclass(frozen=True)
 class Profile:
     """Seconds of passes, by what they were spent on: those of workers as a mean over workers."""
 
-    read: float = 0.0  # waiting for chunks: reading, decoding and verifying them, as far as it is not done ahead
+    read: float = 0.0  # waiting for chunks to be got from their store and verified, as far as it is not done ahead
+    decode: float = 0.0  # and for them to be decoded
     check: float = 0.0  # checking rows, the first time
     forward: float = 0.0  # log-likelihoods
     backward: float = 0.0  # their derivatives
@@ -52,8 +53,10 @@ class Stopwatch:
         self.seconds: dict[Phase, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, phase: Phase) -> None:
-        """Count the time since the last lap to a phase."""
+    def lap(self, phase: Phase, *, decode: float = 0.0) -> None:
+        """Count the time since the last lap to a phase, but for the share of it that went into decoding."""
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+        elapsed, self._last = now - self._last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + (1 - decode) * elapsed
+        if decode:
+            self.seconds["decode"] = self.seconds.get("decode", 0.0) + decode * elapsed

@@ -69,7 +69,7 @@ def sum_shard(
             for chunk in group:
                 with _told_where(work, manifest, [chunk]):
                     read.append(next(batches))
-                    watch.lap("read")
+                    watch.lap("read", decode=chunks.data.decoding)
                 if check:
                     with _told_where(work, manifest, [chunk], read[-1]):
                         model.check_rows(read[-1], manifest.rows(chunk)[0], finite=manifest.finite)

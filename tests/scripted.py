@@ -34,6 +34,10 @@ class ScriptedDataset:
         return self.data.manifest
 
     @property
+    def decoding(self) -> float:
+        return self.data.decoding
+
+    @property
     def hanging(self) -> Path:
         return self.directory / "hanging"
 

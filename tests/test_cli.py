@@ -80,7 +80,7 @@ def test_ingest_fit_and_summary_as_a_script_runs_them(world, tmp_path):
     assert (ran.code, ran.out) == (CONVERGED, "run/posterior.zarr\n")
     *lines, spent, end = ran.err.splitlines()
     assert lines
-    phases = ("read", "check", "forward", "backward", "wait", "transfer", "reduce")
+    phases = ("read", "decode", "check", "forward", "backward", "wait", "transfer", "reduce")
     assert re.fullmatch("seconds of passes: " + ", ".join(rf"{phase} [\d.]+" for phase in phases), spent)
     for line in lines:
         assert re.fullmatch(LINE + r"(  certificate [\d.e-]+ sd)?", line), line

@@ -213,6 +213,15 @@ def test_the_time_of_passes_is_told(make, bound, data):
     assert sum(vars(executor.profile).values()) <= elapsed
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_decoding_is_told_apart_from_reading(make, tmp_path, compression):
+    data = write_shards(tmp_path / "d.zarr", fields(), chunk_rows=CHUNK, shard_rows=SHARD, compression=compression)
+    with make(bind_to(model(), data), data) as executor:
+        executor.run(works()[0])
+        assert executor.profile.read > 0
+        assert (executor.profile.decode > 0) == (compression is not None)  # mapped chunks are there as they are stored
+
+
 def test_data_in_memory(make):
     data = write_shards(MemoryStore(), fields(), chunk_rows=CHUNK, shard_rows=SHARD)
     bound = bind_to(model(), data)

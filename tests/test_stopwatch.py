@@ -7,13 +7,15 @@ from dadvi.stopwatch import Profile, Stopwatch
 
 
 def test_laps_add_up_by_phase(monkeypatch):
-    times = iter([10.0, 11.0, 13.0, 16.5])
+    times = iter([10.0, 11.0, 13.0, 16.5, 18.5])
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(times))
     watch = Stopwatch()
     watch.lap("read")
     watch.lap("forward")
     watch.lap("read")
     assert watch.seconds == {"read": 4.5, "forward": 2.0}
+    watch.lap("read", decode=0.25)
+    assert watch.seconds == {"read": 6.0, "decode": 0.5, "forward": 2.0}
 
 
 def test_a_profile_is_a_mean_over_workers_and_adds_up_to_the_time_of_the_pass():

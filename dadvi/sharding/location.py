@@ -1,6 +1,7 @@
 """Where a data set lies: a local path, a URL that fsspec understands, or a Zarr store."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -79,7 +80,21 @@ def protocols(file_system: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-class CompleteStore(WrapperStore[Store]):
+class TimedStore(WrapperStore[Store]):
+    """A store that counts the seconds it takes to get bytes, in `seconds`."""
+
+    seconds = 0.0
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return the bytes of a key."""
+        started = time.perf_counter()
+        try:
+            return await super().get(key, prototype, byte_range)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+class CompleteStore(TimedStore):
     """A store in which a missing chunk is an error.
 
     Zarr reads a missing shard as fill values, as if someone had meant zeros. Data sets written by this package store

@@ -5,10 +5,13 @@ data set pickles as its location and manifest, and reopens its arrays where it i
 """
 
 import json
+import math
+import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from dadvi.errors import DataError, WorkError
-from dadvi.sharding.location import CompleteStore, Location, Options, is_shareable, open_store, resolve
+from dadvi.sharding.location import CompleteStore, Location, Options, TimedStore, is_shareable, open_store, resolve
 from dadvi.sharding.manifest import FORMAT, JSON, Field, Manifest, digest, storable
 from dadvi.sharding.mapped import MappedArray
 
@@ -46,6 +49,10 @@ class ShardedDataset:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """Arrays opened by this process so far."""
+    _seconds: dict[str, float] = field(
+        default_factory=lambda: {"reading": 0.0, "decoding": 0.0}, init=False, repr=False, compare=False
+    )
+    """Of this process, decoding being a part of reading."""
 
     @property
     def num_rows(self) -> int:
@@ -91,6 +98,11 @@ class ShardedDataset:
         wanted = self.manifest.select(self.fields if fields is None else fields)
         return {each.name: self._read(each.name, chunk, start, stop) for each in wanted}
 
+    @property
+    def decoding(self) -> float:
+        """What part of the time in which this process reads is spent on decoding: none where chunks are mapped."""
+        return self._seconds["decoding"] / max(self._seconds["reading"], sys.float_info.min)
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{each.name}: {each.dtype}{list(each.shape) or ''}" for each in self.fields.values())
         size = f"{self.manifest.num_bytes / 1e6:.1f} MB in {self.manifest.num_chunks} chunks"
@@ -112,9 +124,16 @@ class ShardedDataset:
         where = f"{place} of {self.location}"
         try:
             array = self._array(name)
-            values = (
-                array.read(chunk)[: stop - start] if isinstance(array, MappedArray) else np.asarray(array[start:stop])
-            )
+            started = time.perf_counter()
+            if isinstance(array, MappedArray):
+                values, fetching = array.read(chunk)[: stop - start], math.inf
+            else:
+                store = cast("TimedStore", array.store)
+                before = store.seconds
+                values, fetching = np.asarray(array[start:stop]), store.seconds - before
+            elapsed = time.perf_counter() - started
+            self._seconds["reading"] += elapsed
+            self._seconds["decoding"] += max(0.0, elapsed - fetching)
         except FileNotFoundError as error:
             raise DataError(f"{where}: {error}; restore it or write the data set again") from error
         except OSError as error:
@@ -130,7 +149,7 @@ class ShardedDataset:
         if name not in self._arrays:
             store = open_store(self.location, self.storage_options, read_only=True)
             if self.manifest.made.get("foreign", False):
-                self._arrays[name] = zarr.open_array(store, path=name, mode="r")
+                self._arrays[name] = zarr.open_array(TimedStore(store), path=name, mode="r")
             else:
                 array = zarr.open_array(CompleteStore(store), path=name, mode="r", zarr_format=3)
                 mapped = MappedArray.of(array, self.location / name) if isinstance(self.location, Path) else None
