@@ -107,7 +107,8 @@ class Anchored:
     num_draws
         K, draws of q at which expectations of the likelihood are taken, besides its mean; None for as many, from 4 to
         64, as keep K times coordinates times rows of the subsample within 2 million: small data have wide, skewed
-        posteriors. With the curvature of all the data as few, at most 32, as leave a fifth of the tolerance unknown.
+        posteriors. With the curvature of all the data 32, or fewer if a subsample that sees every group well says that
+        these leave little unknown.
     curvature
         Where the curvature comes from: ``"subsample"`` (a `Surrogate`, one point a pass), ``"data"`` (a `Taylor`
         model, a tangent for each dense coordinate a pass), or ``"auto"``: the subsample if it sees every latent well

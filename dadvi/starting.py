@@ -50,18 +50,22 @@ NARROW = 0.003
 FEWER_POINTS, MOST_POINTS = (2, 3), 5
 """Points along each direction of the draws for a pass that measures Hessians too."""
 
-COARSE = 0.03
+COARSE = 0.01
 """Norm of the relative errors, over the effects of groups, of precisions averaged by fewer points, above which there
 are more: errors of all groups together move the scale that they share."""
 
 TAYLOR_DRAWS = 32
 """Draws of q for a pass that measures Hessians too, at most."""
 
-LITTLE = 0.2
-"""What these draws may leave unknown, of the tolerance."""
+ROWS_OF_AN_EFFECT = 10
+"""Rows of the subsample for each effect of a group from which on it tells that fewer points and draws will do: by too
+few it takes the effects that it sees for known, and with them what q spreads over."""
+
+LITTLE = 0.04
+"""What these draws may leave unknown of the tolerance, by the subsample: all rows make of it up to five times that."""
 
 DIRECTIONS = 4
-"""Directions of those by which it is estimated how much they leave."""
+"""Directions of draws at least: by the differences of fewer, a single coordinate's error can look like none."""
 
 FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
 """Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
@@ -196,7 +200,8 @@ class Search:
     ) -> Noise:
         """Return the draws for passes that measure Hessians too, and whose local model has no other draws.
 
-        There are as few as an expansion says will do that is made on slices of S (`seen`), times `factor`.
+        There are as few as an expansion says will do that is made on slices of S (`seen`), times `factor`, if S has
+        enough rows to tell.
         """
         most = self.num_draws or TAYLOR_DRAWS
         if len(noise.likelihood.nodes) > most:
@@ -209,6 +214,8 @@ class Search:
 
         if not self.structure.groups.numel():
             return drawn(most, 3)
+        if seen.num_rows < ROWS_OF_AN_EFFECT * self.structure.groups.numel():
+            return drawn(most, MOST_POINTS)
         num_points = self._points_along(q, curvature, seen, factor, scales)
         if self.num_draws is not None:
             return drawn(most, num_points)
@@ -216,7 +223,7 @@ class Search:
         some = drawn(DIRECTIONS * of_direction, num_points)
         sums = scale(seen.run(Taylor.work(q, some, scales)), factor)
         unknown = largest_error(Taylor.of(sums, q, some, scales).left_errors, curvature)
-        directions = max(2, math.ceil(DIRECTIONS * (unknown / (LITTLE * self.tol)) ** 2))  # it falls like 1/√K
+        directions = max(DIRECTIONS, math.ceil(DIRECTIONS * (unknown / (LITTLE * self.tol)) ** 2))  # it falls like 1/√K
         return drawn(min(directions * of_direction, most), num_points)
 
     def _points_along(self, q: Gaussian, curvature: Curvature, seen: Subsample, factor: float, scales: Scales) -> int:
