@@ -28,7 +28,7 @@ import psutil
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import ATTRIBUTE, Posterior
 from dadvi.sharding.location import resolve
-from dadvi.sharding.output import check_free, check_replaceable
+from dadvi.sharding.output import check_free, check_replaceable, put_in_place
 
 POSTERIOR, TRACE, SETTINGS = "posterior.zarr", "trace.jsonl", "settings.json"
 CHECKPOINT, MODEL, LOCK = "checkpoint", "model.py", "lock"
@@ -176,15 +176,14 @@ class LocalFiles:
     def save(self, posterior: Posterior) -> None:
         """Write the posterior under another name, flush it to the disk, and rename it."""
         final, partial = self.location / POSTERIOR, self.location / f".{POSTERIOR}{PARTIAL}"
-        replaced = self.location / f".replaced{PARTIAL}"
         try:
             posterior.save(partial, overwrite=True)
             for file in sorted(partial.rglob("*")):
                 _flush(file)
             if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
+                put_in_place(partial, final)
+            else:
+                partial.rename(final)
             _flush(self.location)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
