@@ -162,7 +162,7 @@ class LocalFiles:
             raise self._cannot_write(name, error) from error
 
     def append(self, name: str, text: str) -> None:
-        """Add to a file."""
+        """Add to a file, which is not flushed to the disk: nothing reads it back, and resuming writes it anew."""
         try:
             with (self.location / name).open("a") as file:
                 file.write(text)
