@@ -79,6 +79,22 @@ def protocols(file_system: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
+class RemoteStore(WrapperStore[Store]):
+    """A store reached by fsspec, where whatever its client raises is an OSError.
+
+    Some clients have errors of their own for a server that is gone, and those would be taken for damaged chunks.
+    """
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return the bytes of a key; None if it is not there. Raises OSError when the store cannot be read."""
+        try:
+            return await super().get(key, prototype, byte_range)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise OSError(f"{error}") from error
+
+
 class CompleteStore(WrapperStore[Store]):
     """A store in which a missing chunk is an error.
 
