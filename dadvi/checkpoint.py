@@ -134,12 +134,20 @@ class RunDirectory:
             If there is no run at `location`.
 
         """
+        directory = cls.begun_at(location)
+        if directory is None:
+            raise InputError(
+                f"{files_at(location).location} is not the directory of a run; give what a fit was told to write to"
+            )
+        return directory
+
+    @classmethod
+    def begun_at(cls, location: str | os.PathLike[str]) -> Self | None:
+        """Return the directory of a run that is to go on, if one has begun at `location`."""
         directory = cls(location)
         directory._files.recover()
         if not is_run(location):
-            raise InputError(
-                f"{directory.location} is not the directory of a run; give what a fit was told to write to"
-            )
+            return None
         directory._resuming = True
         directory.origin = directory.settings.get("origin", {})
         return directory
