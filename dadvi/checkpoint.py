@@ -30,7 +30,7 @@ import numpy as np
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import Posterior, TraceRow, load_posterior
 from dadvi.records import Packed
-from dadvi.runfiles import CHECKPOINT, MODEL, POSTERIOR, SETTINGS, TRACE, below, files_at, is_run
+from dadvi.runfiles import CHECKPOINT, MODEL, POSTERIOR, RESUME, SETTINGS, TRACE, below, files_at, is_run
 
 MAGIC = b"dadvi checkpoint 1\n"
 """What a checkpoint begins with. Then come the sha256 of the rest, and the rest, an npz archive."""
@@ -148,7 +148,7 @@ class RunDirectory:
         directory._files.recover()
         if not is_run(location):
             return None
-        directory._resuming = True
+        directory._resuming, directory._files.again = True, RESUME
         directory.origin = directory.settings.get("origin", {})
         return directory
 
@@ -243,7 +243,7 @@ class RunDirectory:
         """
         self._files.write(CHECKPOINT, *encoded(checkpoint))
         self._files.commit()
-        self._saved, self._saved_at = True, time.monotonic()
+        self._saved, self._saved_at, self._files.again = True, time.monotonic(), RESUME
         if not self._files.grows:
             self._write_trace(checkpoint.trace)
 

@@ -39,6 +39,9 @@ PARTIAL = ".partial"
 EARLIER, MOVING = f".earlier{PARTIAL}", f".moving{PARTIAL}"
 """Folders of a run that another one is to replace: whole, and on its way there or back."""
 
+FIT_AGAIN, RESUME = "fit again", "resume"
+"""What to do once a file can be written that could not be, where no run is left to go on with, and where one is."""
+
 
 class LocalFiles:
     """Files in a directory on a local disk."""
@@ -47,6 +50,7 @@ class LocalFiles:
 
     def __init__(self, path: Path) -> None:
         self.location = path
+        self.again = FIT_AGAIN
         self._lock: int | None = None
 
     def check(self, *, overwrite: bool) -> None:
@@ -197,7 +201,7 @@ class LocalFiles:
     def _cannot_write(self, name: str, error: OSError) -> WorkError:
         return WorkError(
             f"cannot write {self.location / name}: {error.strerror or error}; what was there before is as it was. Make "
-            "room, then resume"
+            f"room, then {self.again}"
         )
 
 
@@ -261,6 +265,7 @@ class ObjectFiles:
             raise InputError(
                 f"{url} cannot be used ({error}); give a path, or a URL such as s3://bucket/run"
             ) from error
+        self.again = FIT_AGAIN
         self._kept: dict[str, bytes] | None = None  # what is to be written in place of the earlier run, if there is one
         self._held = b""  # the lock as this process wrote it
 
@@ -385,7 +390,7 @@ class ObjectFiles:
     def _cannot_write(self, name: str, error: Exception) -> WorkError:
         return WorkError(
             f"cannot write {below(self.location, name)}: {_told(error)}; check that the store can be reached, "
-            "then resume"
+            f"then {self.again}"
         )
 
 

@@ -219,13 +219,21 @@ def test_a_store_that_fails_costs_the_work_since_the_last_checkpoint(data, quiet
     before = contents()["checkpoint"]
     store.reset(refused=f"PUT /bucket/run/{lost}")
     with pytest.raises(
-        WorkError, match=rf"cannot write {RUN}/{lost}: .*; check that the store can be reached, then res"
+        WorkError, match=rf"cannot write {RUN}/{lost}: .*; check that the store can be reached, then resume$"
     ):
         resume(data)
     assert store.failed
     assert (contents()["checkpoint"] == before) == (lost == "checkpoint")
     store.reset()
     assert told(resume(data)) == told(quiet["surrogate"])
+
+
+def test_a_store_that_fails_before_the_first_checkpoint_leaves_nothing_to_resume(data, store, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store.reset(refused="PUT /bucket/run/checkpoint")
+    with pytest.raises(WorkError, match=rf"cannot write {RUN}/checkpoint: .* can be reached, then fit again$"):
+        fit(data, run_dir=RUN)
+    assert contents() == {}
 
 
 def test_a_posterior_without_its_description_is_none(data, quiet):
