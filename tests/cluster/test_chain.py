@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import SLOW_MODEL, dadvi, environment, write_data
-from objects import BUCKET, reached
+from objects import BUCKET
 
 from dadvi import load_posterior
 from dadvi.runfiles import CHECKPOINT, POSTERIOR, below, files_at
@@ -27,12 +27,6 @@ def place(request, tmp_path) -> str:
         return str(tmp_path / "run")
     request.getfixturevalue("bucket")
     return f"{BUCKET}/run"
-
-
-@pytest.fixture
-def bucket(object_server):
-    with reached(object_server):
-        yield
 
 
 @pytest.mark.parametrize("place", ["path", "URL"], indirect=True)
