@@ -30,7 +30,7 @@ import numpy as np
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import Posterior, TraceRow, load_posterior
 from dadvi.records import Packed
-from dadvi.runfiles import CHECKPOINT, MODEL, POSTERIOR, SETTINGS, TRACE, below, files_at, is_run
+from dadvi.runfiles import CHECKPOINT, MODEL, POSTERIOR, RESUME, SETTINGS, TRACE, below, files_at, is_run
 
 MAGIC = b"dadvi checkpoint 1\n"
 """What a checkpoint begins with. Then come the sha256 of the rest, and the rest, an npz archive."""
@@ -134,13 +134,21 @@ class RunDirectory:
             If there is no run at `location`.
 
         """
+        directory = cls.begun_at(location)
+        if directory is None:
+            raise InputError(
+                f"{files_at(location).location} is not the directory of a run; give what a fit was told to write to"
+            )
+        return directory
+
+    @classmethod
+    def begun_at(cls, location: str | os.PathLike[str]) -> Self | None:
+        """Return the directory of a run that is to go on, if one has begun at `location`."""
         directory = cls(location)
         directory._files.recover()
         if not is_run(location):
-            raise InputError(
-                f"{directory.location} is not the directory of a run; give what a fit was told to write to"
-            )
-        directory._resuming = True
+            return None
+        directory._resuming, directory._files.again = True, RESUME
         directory.origin = directory.settings.get("origin", {})
         return directory
 
@@ -235,7 +243,7 @@ class RunDirectory:
         """
         self._files.write(CHECKPOINT, *encoded(checkpoint))
         self._files.commit()
-        self._saved, self._saved_at = True, time.monotonic()
+        self._saved, self._saved_at, self._files.again = True, time.monotonic(), RESUME
         if not self._files.grows:
             self._write_trace(checkpoint.trace)
 

@@ -310,6 +310,9 @@ def fit(
     verbose: Verbose = False,
     quiet: Quiet = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, with its settings, if one has begun there.")
+    ] = False,
 ) -> None:
     """Fit a model to a data set and write the posterior. Prints where it is.
 
@@ -338,6 +341,23 @@ def fit(
         },
     )
     chosen = _family(family, rank)
+    if overwrite and resume:
+        raise InputError("--overwrite and --resume exclude one another; give one of them")
+    if resume and not dry_run and (begun := RunDirectory.begun_at(out)) is not None:
+        _go_on(
+            begun,
+            out,
+            model,
+            data,
+            client=client,
+            num_workers=num_workers,
+            memory=memory,
+            max_passes=max_passes,
+            checkpoint_seconds=checkpoint_seconds,
+            as_json=json,
+            verbose=verbose,
+            quiet=quiet,
+        )
     dataset = open_shards(data)
     loaded = load_model(model, dataset)
     path = _model_path(model)
@@ -408,11 +428,42 @@ def resume(
     directory = RunDirectory.existing(run)
     if not {"model", "data"} <= set(directory.origin):
         raise InputError(f"{run} was not begun by `dadvi fit`; go on with dadvi.resume, in Python")
-    reference = directory.origin["model"]
-    path = _model_path(reference)
+    _go_on(
+        directory,
+        run,
+        directory.origin["model"],
+        directory.origin["data"],
+        client=client,
+        num_workers=num_workers,
+        memory=memory,
+        max_passes=max_passes,
+        checkpoint_seconds=checkpoint_seconds,
+        as_json=json,
+        verbose=verbose,
+        quiet=quiet,
+    )
+
+
+def _go_on(
+    directory: RunDirectory,
+    given: str,
+    model: str,
+    data: str,
+    *,
+    client: str | None,
+    num_workers: int | None,
+    memory: str | None,
+    max_passes: float | None,
+    checkpoint_seconds: float,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> NoReturn:
+    """Go on with the run in a directory, that was given so, and end as it ends."""
+    path = _model_path(model)
     _refuse_changed_file(path, directory.model_source)
-    dataset = open_shards(directory.origin["data"])
-    loaded = load_model(reference, dataset)
+    dataset = open_shards(data)
+    loaded = load_model(model, dataset)
     with _naming_line(path), _telling_how_to_resume(directory):
         posterior = run_resume(
             directory,
@@ -426,7 +477,7 @@ def resume(
             progress=not (quiet or verbose),
             callbacks=[Lines(Meter(max_passes), seconds=0.0)] if verbose else (),
         )
-    tell_end(posterior, directory, run, as_json=json, quiet=quiet)
+    tell_end(posterior, directory, given, as_json=as_json, quiet=quiet)
 
 
 def _who_works(

@@ -28,7 +28,7 @@ import psutil
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import ATTRIBUTE, Posterior
 from dadvi.sharding.location import resolve
-from dadvi.sharding.output import check_free, check_replaceable
+from dadvi.sharding.output import check_free, check_replaceable, put_in_place
 
 POSTERIOR, TRACE, SETTINGS = "posterior.zarr", "trace.jsonl", "settings.json"
 CHECKPOINT, MODEL, LOCK = "checkpoint", "model.py", "lock"
@@ -39,6 +39,9 @@ PARTIAL = ".partial"
 EARLIER, MOVING = f".earlier{PARTIAL}", f".moving{PARTIAL}"
 """Folders of a run that another one is to replace: whole, and on its way there or back."""
 
+FIT_AGAIN, RESUME = "fit again", "resume"
+"""What to do once a file can be written that could not be, where no run is left to go on with, and where one is."""
+
 
 class LocalFiles:
     """Files in a directory on a local disk."""
@@ -47,6 +50,7 @@ class LocalFiles:
 
     def __init__(self, path: Path) -> None:
         self.location = path
+        self.again = FIT_AGAIN
         self._lock: int | None = None
 
     def check(self, *, overwrite: bool) -> None:
@@ -162,7 +166,7 @@ class LocalFiles:
             raise self._cannot_write(name, error) from error
 
     def append(self, name: str, text: str) -> None:
-        """Add to a file."""
+        """Add to a file, which is not flushed to the disk: nothing reads it back, and resuming writes it anew."""
         try:
             with (self.location / name).open("a") as file:
                 file.write(text)
@@ -176,15 +180,14 @@ class LocalFiles:
     def save(self, posterior: Posterior) -> None:
         """Write the posterior under another name, flush it to the disk, and rename it."""
         final, partial = self.location / POSTERIOR, self.location / f".{POSTERIOR}{PARTIAL}"
-        replaced = self.location / f".replaced{PARTIAL}"
         try:
             posterior.save(partial, overwrite=True)
             for file in sorted(partial.rglob("*")):
                 _flush(file)
             if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
+                put_in_place(partial, final)
+            else:
+                partial.rename(final)
             _flush(self.location)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -198,7 +201,7 @@ class LocalFiles:
     def _cannot_write(self, name: str, error: OSError) -> WorkError:
         return WorkError(
             f"cannot write {self.location / name}: {error.strerror or error}; what was there before is as it was. Make "
-            "room, then resume"
+            f"room, then {self.again}"
         )
 
 
@@ -262,6 +265,7 @@ class ObjectFiles:
             raise InputError(
                 f"{url} cannot be used ({error}); give a path, or a URL such as s3://bucket/run"
             ) from error
+        self.again = FIT_AGAIN
         self._kept: dict[str, bytes] | None = None  # what is to be written in place of the earlier run, if there is one
         self._held = b""  # the lock as this process wrote it
 
@@ -386,7 +390,7 @@ class ObjectFiles:
     def _cannot_write(self, name: str, error: Exception) -> WorkError:
         return WorkError(
             f"cannot write {below(self.location, name)}: {_told(error)}; check that the store can be reached, "
-            "then resume"
+            f"then {self.again}"
         )
 
 

@@ -2,11 +2,13 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +19,7 @@ import torch
 from dadvi import cli, load_posterior
 
 ROWS = 3_000
+STOPPED = 3
 NAMES = ("AA", "BB", "CC")
 
 MODEL = """\
@@ -86,6 +89,31 @@ def dadvi_process(*arguments: object, cwd: Path | None = None, **variables: str)
         command(*arguments), cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=120
     )
     return Ran(ended.returncode, ended.stdout, ended.stderr)
+
+
+def listening(*arguments: object, cwd: Path | None = None) -> "subprocess.Popen[str]":
+    """Start a command as a process that SIGINT interrupts, which it inherits to ignore from a suite in the background.
+
+    What it prints is to be read by the caller.
+    """
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def assert_interrupted(process: "subprocess.Popen[str]", number: signal.Signals, run: Path) -> None:
+    """Send a signal to a process that works in a run, and assert that it ends, and tells how to go on."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (STOPPED, ""), err
+    assert err.splitlines()[-1] == f"interrupted; go on with: dadvi resume {run}"
+    assert "Traceback" not in err, err
 
 
 def write_table(path: Path, rows: int = ROWS) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from clusters import local_client
 from distributed import Client
-from objects import Server, object_store
+from objects import Gate, Server, object_store, reached
 
 from dadvi.sharding import ShardedDataset, write_shards
 
@@ -48,3 +48,10 @@ def object_server() -> Iterator[Server]:
     """An object store, to be used through `objects.reached`."""
     with object_store() as server:
         yield server
+
+
+@pytest.fixture
+def bucket(object_server) -> Iterator[Gate]:
+    """An empty bucket on it, for one test; gives what can make the object store fail."""
+    with reached(object_server) as gate:
+        yield gate

@@ -1,9 +1,10 @@
 """The command line on a disk that gets full: as a program, ``full_disk.py HOW WHAT NUMBER RUN BEFORE ARGUMENTS...``.
 
 It runs ``dadvi ARGUMENTS``. When the directory RUN of its run is to do WHAT ("save", "append" or "finish") for the
-NUMBER-th time, it keeps a copy of the checkpoint as BEFORE, and there is no more room: HOW says for what. "size": no
-file of this process may grow beyond a part of what is to be written (RLIMIT_FSIZE), whatever the disk; "bytes" and
-"files": another file takes all bytes that are left where RUN lies, or other files take all names that are left.
+NUMBER-th time, it keeps a copy of the checkpoint, if there is one, as BEFORE, and there is no more room: HOW says for
+what. "size": no file of this process may grow beyond a part of what is to be written (RLIMIT_FSIZE), whatever the disk;
+"bytes" and "files": another file takes all bytes that are left where RUN lies, or other files take all names that are
+left.
 """
 
 import os
@@ -27,7 +28,7 @@ def fill(how: str, what: str, run: Path) -> None:
     """Leave no room for what is to be written next."""
     if how == "size":
         allowed = {
-            "save": (run / "checkpoint").stat().st_size // 2,
+            "save": 1_000,
             "append": (run / "trace.jsonl").stat().st_size + 20,  # a line is begun
             "finish": 1_000,
         }
@@ -49,7 +50,8 @@ def main(how: str, what: str, number: str, run: Path, before: Path) -> None:
 
     def method(directory: RunDirectory, argument: Any) -> None:
         if next(calls) == int(number):
-            shutil.copy(run / "checkpoint", before)
+            if (run / "checkpoint").exists():
+                shutil.copy(run / "checkpoint", before)
             fill(how, what, run)
         real(directory, argument)
 

@@ -1,9 +1,11 @@
 """Fits that are interrupted: after a given number of passes, or by a signal, in a process of their own."""
 
+import itertools
 import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -133,6 +135,40 @@ def in_a_process(
         process.join()
         process.close()
         here.close()
+
+
+def killed_before(step: int, work: Callable[..., object], *arguments: Any) -> bool:
+    """Do some work in another process, by SIGKILL ended before a change to files; return whether it came to that.
+
+    Its changes are counted from 1: files opened to be written, renamed, removed, and so on. It is a fork, for tests
+    that have hundreds of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, as from Python 3.12: Zarr sees to its own
+        child = os.fork()
+    if not child:
+        try:
+            sys.addaudithook(_killing_before(step))
+            work(*arguments)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def _killing_before(step: int) -> Callable[[str, tuple[Any, ...]], None]:
+    left = itertools.count(step - 1, -1)
+
+    def each(event: str, about: tuple[Any, ...]) -> None:
+        writing = event == "open" and about[2] & os.O_ACCMODE
+        exchanging = event == "ctypes.dlsym" and about[1] == "renameat2"
+        changing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+        if (writing or exchanging or changing) and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return each
 
 
 def _work(data: Path, run: Path, case: str, every: float, killed_at: float, told: Connection) -> None:

@@ -1,9 +1,8 @@
 """An object store over HTTP: moto's, a server that speaks S3 on the loopback, behind a gate that can fail or wait."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, Thread
+from threading import TIMEOUT_MAX, Event, Lock, Thread
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,12 +18,17 @@ class Gate:
     """What stands before the object store: fails every n-th reading of a chunk, or waits; or fails some requests."""
 
     def __init__(self, app: Callable[..., Any]) -> None:
-        self._app, self._lock = app, Lock()
+        self._app, self._lock, self._over = app, Lock(), Event()
         self.reset()
 
-    def reset(self, every: int = 0, wait: float = 0.0, refused: str = "") -> None:
-        """Fail every so many readings of a chunk, wait at each, fail requests of which METHOD PATH begins as told."""
-        self.every, self.wait, self.refused, self.reads, self.failed = every, wait, refused, 0, 0
+    def reset(self, every: int = 0, wait: float = 0.0, refused: str = "", only: int = 0) -> None:
+        """Fail every so many readings of a chunk, wait at each, fail requests of which METHOD PATH begins as told.
+
+        With `only` just the reading of that number waits. A wait that is to last longer than the tests ends here.
+        """
+        self._over.set()
+        self._over = Event()
+        self.every, self.wait, self.refused, self.only, self.reads, self.failed = every, wait, refused, only, 0, 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
@@ -34,11 +38,12 @@ class Gate:
             fails = chunk and self.every and self.reads % self.every == 0
             fails = fails or (self.refused and f"{method} {path}".startswith(self.refused))
             self.failed += bool(fails)
+            waits, over = chunk and self.only in (0, self.reads), self._over
         if fails:
             start_response("500 Internal Server Error", [("Content-Type", "application/xml")])
             return [b"<Error><Code>InternalError</Code><Message>try again</Message></Error>"]
-        if chunk:
-            time.sleep(self.wait)
+        if waits:
+            over.wait(min(self.wait, TIMEOUT_MAX))
         return self._app(environ, start_response)
 
 

@@ -11,21 +11,22 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, fields
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from command import (
     FIELDS,
     MODEL,
+    assert_interrupted,
+    assert_same_bits,
     command,
     dadvi,
     dadvi_process,
     environment,
     ingest_options,
+    listening,
     listing,
     write_data,
     write_table,
@@ -111,12 +112,7 @@ def test_a_fit_starts_its_own_workers(world, tmp_path):
     assert ran.err.startswith("stopped: max_passes=4 reached")
     assert ran.err.count("\n") == 1, ran.err  # no warning and no log of anyone else's
     assert fit(world, tmp_path / "serial", *options).code == STOPPED
-    assert same_bits(tmp_path / "run", tmp_path / "serial")
-
-
-def same_bits(one: Path, other: Path) -> bool:
-    first, second = (package.load_posterior(run / "posterior.zarr").unconstrained.params for run in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    assert_same_bits(tmp_path / "run", tmp_path / "serial")
 
 
 def test_bad_input_of_a_process_is_one_line_and_exit_code_2(tmp_path):
@@ -168,30 +164,13 @@ def on_a_terminal(arguments: list[str], cwd: Path) -> tuple[str, int, str]:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_fit_tells_how_to_go_on(world, tmp_path, signal_number):
-    arguments = command(
-        *["fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--serial"],
-        *["--method", "advi", "--tol", "1e-9", "--max-passes", "100000"],
-    )
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a suite in the background ignores
-    with subprocess.Popen(
-        arguments,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=listening,
-    ) as process:
+    run, options = tmp_path / "run", ["--serial", "--method", "advi", "--tol", "1e-9", "--max-passes", "100000"]
+    with listening("fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", run, *options) as process:
         assert "passes" in process.stderr.readline()  # the first line: it runs
-        process.send_signal(signal_number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == STOPPED
-    assert out == ""
-    assert err.splitlines()[-1] == f"interrupted; go on with: dadvi resume {tmp_path / 'run'}"
-    assert "Traceback" not in err
-    ran = dadvi("resume", tmp_path / "run", "--serial", "--max-passes", 1)
+        assert_interrupted(process, signal_number, run)
+    ran = dadvi("resume", run, "--serial", "--max-passes", 1)
     assert ran.code == STOPPED, ran.err
-    assert ran.out == f"{tmp_path / 'run' / 'posterior.zarr'}\n"
+    assert ran.out == f"{run / 'posterior.zarr'}\n"
 
 
 # A fit in this process ------------------------------------------------------------------------------------------------
@@ -364,7 +343,7 @@ def test_every_setting_of_a_method_and_of_a_family_has_an_option():
 def test_a_function_of_the_data_is_as_good_as_the_model(world, tmp_path):
     for name in ("model", "build"):
         assert fit(world, tmp_path / name, "--max-passes", 3, model=name).code in (CONVERGED, STOPPED)
-    assert same_bits(tmp_path / "model", tmp_path / "build")
+    assert_same_bits(tmp_path / "model", tmp_path / "build")
 
 
 def test_a_model_file_leaves_nothing_importable(world):

@@ -1,6 +1,7 @@
 """Directories of runs on an object store: the same files, whole or not at all, for one process at a time."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -91,6 +92,34 @@ def test_the_command_line_writes_the_files_of_a_local_run_and_no_credentials(tmp
     ran = dadvi("resume", f"{RUN}/", "--max-passes", "8", "--serial", "--json", "--quiet")
     assert (ran.code, json.loads(ran.out)["posterior"]) == (STOPPED, f"{RUN}/posterior.zarr"), ran.err
     assert package.load_posterior(f"{RUN}/posterior.zarr").passes > 6
+
+
+def test_the_command_line_goes_on_where_a_run_has_begun_and_else_begins(tmp_path):
+    """Whatever was there before: nothing, what a process leaves that is killed at once, or a run; and so again."""
+    data, model = write_data(tmp_path)
+    fit_or_go_on = ["fit", f"{model}:model", data, *SETTINGS, "--quiet", "--resume"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    with after_passes(math.inf) as count:
+        whole = dadvi(*fit_or_go_on, "--out", tmp_path / "whole", "--json")
+    assert whole.code == STOPPED, whole.err
+    for out in (tmp_path / "run", RUN):
+        with after_passes(count[0] // 2):
+            ran = dadvi(*fit_or_go_on, "--out", out)
+        assert (ran.code, ran.err) == (STOPPED, f"interrupted; go on with: dadvi resume {out}\n")
+        for refused, says in [
+            ([*fit_or_go_on, "--overwrite"], "--overwrite and --resume exclude one another"),
+            ([*fit_or_go_on[:2], tmp_path / "other.zarr", *fit_or_go_on[3:]], "other.zarr does not exist"),
+            ([each for each in fit_or_go_on if each != "--resume"], f"{out} exists; choose another output"),
+        ]:
+            ran = dadvi(*refused, "--out", out)
+            assert ran.code == BAD_INPUT
+            assert says in ran.err
+        for passes in (math.inf, 1):  # the second time there is nothing to do
+            with after_passes(passes):
+                ran = dadvi(*fit_or_go_on, "--out", out, "--json")
+            assert ran.code == STOPPED, ran.err
+            assert {**json.loads(ran.out), "posterior": ""} == {**json.loads(whole.out), "posterior": ""}
 
 
 @pytest.mark.parametrize("case", ["adam", "surrogate"])
@@ -190,13 +219,21 @@ def test_a_store_that_fails_costs_the_work_since_the_last_checkpoint(data, quiet
     before = contents()["checkpoint"]
     store.reset(refused=f"PUT /bucket/run/{lost}")
     with pytest.raises(
-        WorkError, match=rf"cannot write {RUN}/{lost}: .*; check that the store can be reached, then res"
+        WorkError, match=rf"cannot write {RUN}/{lost}: .*; check that the store can be reached, then resume$"
     ):
         resume(data)
     assert store.failed
     assert (contents()["checkpoint"] == before) == (lost == "checkpoint")
     store.reset()
     assert told(resume(data)) == told(quiet["surrogate"])
+
+
+def test_a_store_that_fails_before_the_first_checkpoint_leaves_nothing_to_resume(data, store, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store.reset(refused="PUT /bucket/run/checkpoint")
+    with pytest.raises(WorkError, match=rf"cannot write {RUN}/checkpoint: .* can be reached, then fit again$"):
+        fit(data, run_dir=RUN)
+    assert contents() == {}
 
 
 def test_a_posterior_without_its_description_is_none(data, quiet):

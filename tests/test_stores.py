@@ -4,7 +4,9 @@ The directories of runs at URLs are tested by `test_run_urls.py`.
 """
 
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.distributions import Normal
 from zarr.storage import MemoryStore, ZipStore
 
 import dadvi as package
-from dadvi.errors import DataError
+from dadvi.errors import DataError, WorkError
 
 CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--seed", "2", "--quiet"]
@@ -103,6 +105,45 @@ def test_a_slow_object_store_costs_time_and_no_bits(world, gate, tmp_path):
     assert ran.code == STOPPED, ran.err
     assert gate.reads > 0
     assert_same_bits(tmp_path / "run", world / "run")
+
+
+def impatient(*arguments: object):
+    """Run a command that waits half a second for an answer, and not as long as s3fs does."""
+    return dadvi_process(*arguments, FSSPEC_S3=json.dumps({"config_kwargs": {"read_timeout": 0.5}}))
+
+
+@pytest.mark.parametrize(("seconds", "run"), [(3.0, dadvi), (math.inf, impatient)], ids=["late", "never"])
+def test_an_answer_of_an_object_store_that_comes_late_or_never_costs_time_and_no_bits(
+    world, gate, tmp_path, seconds, run
+):
+    gate.reset(wait=seconds, only=20)
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", "--serial", run=run)
+    assert ran.code == STOPPED, ran.err
+    assert gate.reads > 20
+    assert_same_bits(tmp_path / "run", world / "run")
+
+
+def test_an_object_store_that_never_answers_ends_the_fit(world, gate, tmp_path, monkeypatch):
+    """Of a request s3fs makes 25, and each of them as often as AWS_MAX_ATTEMPTS says."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    gate.reset(wait=math.inf)
+    ran = fit(world, f"{BUCKET}/data.zarr", tmp_path / "run", "--serial", run=impatient)
+    assert (ran.code, ran.out) == (INTERNAL, "")
+    assert re.fullmatch(
+        rf"error: field 'y', .* of {BUCKET}/data.zarr cannot be read: Read timeout on endpoint URL: .*; "
+        r"check that the store can be reached.*\n",
+        ran.err,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_goes_away_is_not_taken_for_damaged_data(world, monkeypatch):  # noqa: ARG001  it has the data
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    data = package.open_shards(f"{BUCKET}/data.zarr")
+    nobody = {"endpoint_url": "http://127.0.0.1:9"}  # the discard port
+    gone = package.sharding.ShardedDataset(data.location, data.manifest, data.digest, nobody)
+    with pytest.raises(WorkError, match=r"cannot be read: Could not connect to the .*; check that the store can be r"):
+        gone.read(0)
 
 
 @pytest.mark.parametrize("who", [["--serial"], ["--workers", "1"]], ids=["serial", "worker"])

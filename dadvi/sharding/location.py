@@ -94,6 +94,22 @@ class TimedStore(WrapperStore[Store]):
             self.seconds += time.perf_counter() - started
 
 
+class RemoteStore(WrapperStore[Store]):
+    """A store reached by fsspec, where whatever its client raises is an OSError.
+
+    Some clients have errors of their own for a server that is gone, and those would be taken for damaged chunks.
+    """
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Return the bytes of a key; None if it is not there. Raises OSError when the store cannot be read."""
+        try:
+            return await super().get(key, prototype, byte_range)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise OSError(f"{error}") from error
+
+
 class CompleteStore(TimedStore):
     """A store in which a missing chunk is an error.
 

@@ -1,11 +1,13 @@
 """Output that appears whole or not at all.
 
 A local data set is written under a temporary name beside its final one and renamed when complete, so that a reader, or
-a crash, never meets half of it, and what was there before is replaced only by a complete one. Other stores have no
-rename: there the manifest is written last, and a group without it does not open.
+a crash, never meets half of it, and what was there before is replaced only by a complete one, at one stroke where the
+system can. Other stores have no rename: there the manifest is written last, and a group without it does not open.
 """
 
+import ctypes
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from dadvi.errors import DataError
 from dadvi.sharding.location import Location, Options, open_store, resolve
 from dadvi.sharding.manifest import FORMAT
 from dadvi.sharding.reader import ATTRIBUTE, is_group
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and glibc's stdio.h
 
 
 class Output:
@@ -122,7 +126,10 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
         ) from error
     try:
         yield directory
-        _rename(directory, path, overwrite)
+        if overwrite and path.exists():
+            put_in_place(directory, path)
+        else:
+            directory.rename(path)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -134,18 +141,30 @@ def check_free(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) 
         check_replaceable(path, overwrite, replaceable=empty or is_ours(path))
 
 
-def _rename(directory: Path, path: Path, overwrite: bool) -> None:
-    if not (overwrite and path.exists()):
-        directory.rename(path)
+def put_in_place(directory: Path, path: Path) -> None:
+    """Have a directory take the place of the one at `path`, which is removed as far as it can be.
+
+    Where directories can be exchanged, a process that is killed leaves one of them at `path`, whole. The other one may
+    remain under a hidden name, which is harmless.
+    """
+    if _exchanged(directory, path):
+        shutil.rmtree(directory, ignore_errors=True)
         return
-    old = directory.with_suffix(".old")
-    path.rename(old)
+    old = directory.with_name(f".old{directory.name}")
     try:
+        path.rename(old)  # until the next line nothing is at `path`: an exchange has no such moment
         directory.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    finally:
+        if not path.exists():
+            old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two directories at one stroke; return False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2 is not None and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
 def check_replaceable(where: Path | str | Store, overwrite: bool, *, replaceable: bool) -> None:

@@ -21,9 +21,19 @@ from torch import Tensor
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.storage import FsspecStore
 
 from dadvi.errors import DataError, WorkError
-from dadvi.sharding.location import CompleteStore, Location, Options, TimedStore, is_shareable, open_store, resolve
+from dadvi.sharding.location import (
+    CompleteStore,
+    Location,
+    Options,
+    RemoteStore,
+    TimedStore,
+    is_shareable,
+    open_store,
+    resolve,
+)
 from dadvi.sharding.manifest import FORMAT, JSON, Field, Manifest, digest, storable
 from dadvi.sharding.mapped import MappedArray
 
@@ -148,6 +158,8 @@ class ShardedDataset:
     def _array(self, name: str) -> "zarr.Array[Any] | MappedArray":
         if name not in self._arrays:
             store = open_store(self.location, self.storage_options, read_only=True)
+            if isinstance(store, FsspecStore):
+                store = RemoteStore(store)
             if self.manifest.made.get("foreign", False):
                 self._arrays[name] = zarr.open_array(TimedStore(store), path=name, mode="r")
             else:

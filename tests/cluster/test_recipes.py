@@ -7,7 +7,6 @@ Docker Compose of check-jsonschema. Nothing is fetched.
 import copy
 import importlib
 import json
-import os
 import re
 import subprocess
 import tomllib
@@ -235,29 +234,11 @@ def test_scripts_are_shell_and_stop_at_errors(script):
         assert "set -euo pipefail" in script.read_text()
 
 
-@pytest.mark.parametrize("file", KUBERNETES, ids=lambda file: file.name)
-@pytest.mark.parametrize("there", [[], ["lock"], ["lock", "settings.json"]], ids=" ".join)
-def test_a_pod_in_place_of_another_resumes_its_run(file, there, tmp_path):
-    (args,) = [
-        at(document, path)["args"]
-        for document in documents(file)
-        for path in paths_of(document, "args")
-        if "dadvi fit" in at(document, path)["args"][-1]
-    ]
-    (tmp_path / "runs" / "run").mkdir(parents=True)
-    for name in there:
-        (tmp_path / "runs" / "run" / name).touch()
-    for name, text in (("dadvi", 'echo "$1"'), ("python", "")):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    ran = subprocess.run(
-        [*args[:-1], args[-1].replace("/runs/", f"{tmp_path}/runs/")],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "DASK_SCHEDULER_ADDRESS": "tcp://scheduler:8786"},
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    assert (ran.stdout, ran.stderr) == ("resume\n" if "settings.json" in there else "fit\n", "")
+def test_pods_and_jobs_in_place_of_others_go_on_with_their_run():
+    for file in ("plain.yaml", "operator.yaml", "chain.sbatch"):
+        assert [named for where, _, command, named in commands() if (where, command) == (file, "fit")] == [
+            {"--resume", "--out"}
+        ]
 
 
 def test_every_recipe_has_a_readme_that_the_index_names():

@@ -14,7 +14,7 @@ import interrupted
 import pytest
 import torch
 from interrupted import CASES, after_passes, fields, told
-from objects import BUCKET, reached, system
+from objects import BUCKET, system
 from zarr.storage import ZipStore
 
 import dadvi
@@ -140,12 +140,6 @@ def keep(request, tmp_path) -> Iterator[Callable[..., Files]]:
         return stored(where, tmp_path, **options)
 
     return kept
-
-
-@pytest.fixture
-def bucket(object_server) -> Iterator[None]:
-    with reached(object_server):
-        yield
 
 
 def values_of(opened: ShardedDataset, *fields: str) -> list[dict[str, torch.Tensor]]:

@@ -88,6 +88,15 @@ def test_a_file_that_can_grow_no_further_ends_a_run_that_goes_on(world, tmp_path
     assert_resumed(run, world / method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_that_cannot_grow_before_the_first_checkpoint_leaves_nothing_to_resume(world, tmp_path, method):
+    run = tmp_path / "run"
+    ran = run_into_full_disk("size", "save", 1, run, tmp_path / "before", *fit_arguments(world, method, run))
+    written = f"cannot write {run / 'checkpoint'}: File too large; what was there before is as it was"
+    assert (ran.code, ran.out, ran.err) == (INTERNAL, "", f"error: {written}. Make room, then fit again\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A small disk of its own."""

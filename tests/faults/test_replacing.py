@@ -1,17 +1,19 @@
-"""A run that replaces an earlier one, killed at every step of it: neither is lost."""
+"""A run or a data set that replaces an earlier one, killed at every step of it: neither is lost."""
 
 import itertools
-import os
-from functools import partial
-from pathlib import Path
+import sys
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from interrupted import killed_before
 
+import dadvi
 from dadvi.errors import DataError
 from dadvi.runfiles import CHECKPOINT, LOCK, MOVING, POSTERIOR, SETTINGS, TRACE, LocalFiles, is_run
 
 EARLIER = {SETTINGS: "earlier", TRACE: "rows", f"{POSTERIOR}/zarr.json": "result", f"{POSTERIOR}/loc/c/0": "numbers"}
-KILLED = 77
 
 
 def make_earlier(run):
@@ -40,32 +42,6 @@ def fail(run):
     files.lock(replacing=is_run(run))
     files.write(SETTINGS, b"new")
     files.unlock(undo=True)
-
-
-def killed_before(step, work, run):
-    """Do some work in another process, which ends before a change to the file system; return whether it came to that.
-
-    The process ends as a killed one does: nothing of what it holds is put in order.
-    """
-    child = os.fork()
-    if not child:
-        try:
-            left = itertools.count(step - 1, -1)
-
-            def counted(change, *arguments, **options):
-                if next(left) == 0:
-                    os._exit(KILLED)
-                return change(*arguments, **options)
-
-            for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
-                setattr(os, name, partial(counted, getattr(os, name)))
-            work(Path(run))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, KILLED)
-    return code == KILLED
 
 
 def test_a_new_run_that_is_killed_leaves_the_earlier_or_its_own_checkpoint(tmp_path):
@@ -157,3 +133,39 @@ def test_a_directory_in_which_nothing_has_begun_is_free(tmp_path, left):
     replace(run)
     assert content(run)[SETTINGS] == "new"
     assert LOCK not in content(run)
+
+
+# Data sets ------------------------------------------------------------------------------------------------------------
+
+
+def write_anew(_table, out, rows):
+    dadvi.write_shards(out, {"x": np.full(rows, float(rows))}, chunk_rows=10, shard_rows=20, overwrite=True)
+
+
+def ingest_anew(table, out, _rows):
+    dadvi.ingest(table, out, client="serial", chunk_rows=10, shard_rows=20, overwrite=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there directories are exchanged")
+@pytest.mark.parametrize("replace_data", [write_anew, ingest_anew])
+def test_a_data_set_that_is_killed_as_it_replaces_another_leaves_one_of_them(tmp_path, replace_data):
+    """Under its own name, whole."""
+    table, old, new = tmp_path / "table.csv", 30, 50
+    pd.DataFrame({"x": np.full(new, float(new))}).to_csv(table, index=False)
+    found = []
+    for step in itertools.count(1):
+        out = tmp_path / f"{step}" / "data.zarr"
+        out.parent.mkdir()
+        write_anew(table, out, old)
+        killed = killed_before(step, replace_data, table, out, new)
+        data = dadvi.open_shards(out)
+        rows = torch.cat([data.read(chunk)["x"] for chunk in range(data.manifest.num_chunks)])
+        found.append(data.num_rows)
+        assert rows.tolist() == [data.num_rows] * data.num_rows
+        assert all(path.name.startswith(".") for path in out.parent.iterdir() if path != out)
+        if not killed:
+            break
+    assert set(found) == {old, new}
+    assert found == sorted(found)
+    assert step > 20
+    assert [path.name for path in out.parent.iterdir()] == ["data.zarr"]

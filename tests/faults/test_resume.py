@@ -68,6 +68,20 @@ def test_an_interrupted_fit_ends_with_the_same_bits(data, quiet, tmp_path, case)
         assert [line["phase"] for line in lines] == expected.trace.phase.tolist()
 
 
+@pytest.mark.parametrize("case", ["surrogate", "adam"])
+def test_a_trace_whose_last_line_is_torn_is_whole_again(data, quiet, tmp_path, case):
+    """As after a power cut: its lines are not flushed to the disk one by one, but the checkpoint has them."""
+    run, (expected, passes) = tmp_path / "run", quiet(case)
+    start(data, run, case, at=passes)
+    trace = run / "trace.jsonl"
+    before = trace.read_bytes()
+    assert before
+    trace.write_bytes(before[:-30] + bytes(20))  # zeros of a block that was allocated, and not yet written
+    assert told(begin_or_go_on(data.location, run, case)) == told(expected)
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [line["phase"] for line in lines] == expected.trace.phase.tolist()
+
+
 @pytest.mark.parametrize("case", CASES if LONG else ["hierarchy", "surrogate", "anchor", "dowg"])
 def test_a_fit_goes_on_on_another_number_of_workers(data, quiet, tmp_path, process_clients, case):
     expected, passes = quiet(case)

@@ -2,16 +2,14 @@
 
 import random
 import signal
-import subprocess
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from clusters import scheduler_process, worker
-from command import FIELDS, MODEL, assert_same_bits, command, dadvi, environment, write_table
+from command import FIELDS, MODEL, assert_interrupted, assert_same_bits, dadvi, listening, write_table
 
 CONVERGED, STOPPED = 0, 3
 ROWS, CHUNK = 60_000, 3_000  # more than the anchored solver holds, lest one round be all that it makes
@@ -56,15 +54,7 @@ def fit(world: Path, method: str, out: Path) -> list[object]:
 
 def interrupted_after(steps: int, seconds: float, number: signal.Signals, arguments: list[object], run: Path) -> None:
     """Run a command that works in a run, and send it a signal so many seconds after it has told so many steps."""
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a suite in the background ignores
-    with subprocess.Popen(
-        command(*arguments, "-v"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=listening,
-    ) as process:
+    with listening(*arguments, "-v") as process:
         told = ""
         while steps:
             told += (line := process.stderr.readline())
@@ -72,11 +62,7 @@ def interrupted_after(steps: int, seconds: float, number: signal.Signals, argume
             steps -= "ELBO" in line
         below = psutil.Process(process.pid).children(recursive=True)
         time.sleep(seconds)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (STOPPED, ""), err
-    assert err.splitlines()[-1] == f"interrupted; go on with: dadvi resume {run}"
-    assert "Traceback" not in err
+        assert_interrupted(process, number, run)
     assert not psutil.wait_procs(below, timeout=15)[1], "workers that it started were left"
 
 
