@@ -260,7 +260,7 @@ def _write_shard(
         codes = None
         if each.category:
             codes = {unit: np.load(plan.codes(each.name, unit), allow_pickle=False) for unit in runs.units()}
-        rows = transforms[each.name](runs.read(each.name, codes))
+        rows = map(transforms[each.name], runs.read(each.name, codes))
         checksums.append(write_rows(arrays[each.name], stretch.start, rows))
     return checksums
 
