@@ -12,11 +12,12 @@ for a bucket at either end. It does so some buckets at a time, in arrays that ar
 cache. Without a seed rows have no keys and runs keep the order of arrival.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 import numpy as np
@@ -37,8 +38,28 @@ OFFSET = np.dtype(np.int64)
 KEY = np.dtype(np.uint64)
 
 
+class Room(threading.local):
+    """Arrays that the tasks of a thread use one after the other. It travels to other processes empty."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+    def rows(self, name: str, dtype: np.dtype[Any], kept: int, more: int) -> NDArray[Any]:
+        """Return an array for that many more rows beside those to keep, which come first."""
+        array = self._arrays.get(name)
+        if array is None or len(array) < kept + more:
+            wider = np.empty(kept + max(kept, more), dtype)
+            if array is not None:
+                wider[:kept] = array[:kept]
+            self._arrays[name] = array = wider
+        return array
+
+
 class RunWriter:
-    """Takes the rows of one unit by `append` and writes them as runs.
+    """Takes the rows of one unit and writes them as runs.
 
     Parameters
     ----------
@@ -52,31 +73,40 @@ class RunWriter:
         Dtype of one row by field name.
     run_bytes
         Bytes of a run at most, unless a single block has more.
+    room
+        Where rows are kept until a run is written.
     """
 
     def __init__(
-        self, directory: Path, unit: int, seed: int | None, dtypes: Mapping[str, np.dtype[Any]], run_bytes: int
+        self,
+        directory: Path,
+        unit: int,
+        seed: int | None,
+        dtypes: Mapping[str, np.dtype[Any]],
+        run_bytes: int,
+        room: Room,
     ) -> None:
         self.counts = np.zeros(1 if seed is None else BUCKETS, dtype=np.int64)
         """Rows written, by bucket of their keys."""
-        self._directory, self._unit, self._dtypes, self._run_bytes = directory, unit, dtypes, run_bytes
+        self._directory, self._unit, self._dtypes, self._room = directory, unit, dtypes, room
+        self._run_rows = run_bytes // max(1, sum(dtype.itemsize for dtype in dtypes.values()))
         self._stream = None if seed is None else random_stream(seed, Purpose.SHUFFLE, unit).bit_generator
-        self._pending: list[Block] = []
-        self._pending_bytes = 0
+        self._rows = 0
         self._written = 0
 
-    def append(self, block: Block) -> None:
-        """Take some rows. Raises DataError when the disk cannot take them."""
-        size = sum(values.nbytes for values in block.values())
-        if self._pending and self._pending_bytes + size > self._run_bytes:
+    def append(self, rows: int) -> Block:
+        """Return where to put so many rows that follow. Raises DataError when the disk cannot take those before."""
+        if self._rows + rows > self._run_rows:
             self.flush()
-        self._pending.append(block)
-        self._pending_bytes += size
+        before, self._rows = self._rows, self._rows + rows
+        return {
+            name: self._room.rows(name, dtype, before, rows)[before : self._rows]
+            for name, dtype in self._dtypes.items()
+        }
 
     def flush(self) -> None:
         """Write the rows taken so far as a run. Raises DataError when the disk cannot take them."""
-        pending, self._pending, self._pending_bytes = self._pending, [], 0
-        rows = sum(len(next(iter(block.values()))) for block in pending)
+        rows, self._rows = self._rows, 0
         if not rows:
             return
         counts, keys, order = np.array([rows]), None, None
@@ -94,8 +124,8 @@ class RunWriter:
                 file.write(np.concatenate([[0], np.cumsum(counts)]).astype(OFFSET).data)
                 if keys is not None:
                     file.write(keys.data)
-                for name in self._dtypes:
-                    values = np.concatenate([block[name] for block in pending])
+                for name, dtype in self._dtypes.items():
+                    values = self._room.rows(name, dtype, rows, 0)[:rows]
                     for piece in [values] if order is None else _ordered(values, order):
                         file.write(piece.data)
             attempt.replace(path)

@@ -3,7 +3,7 @@ import pytest
 
 from dadvi.errors import DataError
 from dadvi.sharding import runs as module
-from dadvi.sharding.runs import BUCKETS, RunReader, RunWriter, stable_argsort, stretches
+from dadvi.sharding.runs import BUCKETS, Room, RunReader, RunWriter, stable_argsort, stretches
 from dadvi.types import Purpose, random_stream
 
 SIZES = (3000, 0, 1, 2500)
@@ -15,13 +15,19 @@ def rows(start, stop):
     return {"i": index, "x": np.stack([index, -index], axis=1).astype(np.float32), "b": index % 3 == 0}
 
 
+def put(writer, start, stop):
+    room = writer.append(stop - start)
+    for name, values in rows(start, stop).items():
+        room[name][:] = values
+
+
 def write(directory, seed, run_bytes=2**20, block_rows=700):
     """Write units of the given sizes, and return the rows by bucket."""
-    counts, first = 0, 0
+    counts, first, room = 0, 0, Room()
     for unit, size in enumerate(SIZES):
-        writer = RunWriter(directory, unit, seed, DTYPES, run_bytes)
+        writer = RunWriter(directory, unit, seed, DTYPES, run_bytes, room)
         for start in range(first, first + size, block_rows):
-            writer.append(rows(start, min(start + block_rows, first + size)))
+            put(writer, start, min(start + block_rows, first + size))
         writer.flush()
         counts, first = counts + writer.counts, first + size
     return counts
@@ -118,7 +124,7 @@ def test_a_run_that_is_cut_short_is_seen(tmp_path, seed):
 
 
 def test_a_disk_that_cannot_take_rows_is_named(tmp_path):
-    writer = RunWriter(tmp_path / "gone", 0, 0, DTYPES, 2**20)
-    writer.append(rows(0, 10))
+    writer = RunWriter(tmp_path / "gone", 0, 0, DTYPES, 2**20, Room())
+    put(writer, 0, 10)
     with pytest.raises(DataError, match=r"cannot spool rows to .*gone: .*No such file"):
         writer.flush()
