@@ -25,6 +25,7 @@ from dadvi.clients import (
 )
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.executors import IN_PROCESS_BYTES, as_it_is
+from dadvi.memory import keep_freed_memory
 from dadvi.sharding.fieldspec import FieldSpecs
 from dadvi.sharding.ingest import Here, Missing, Tasks
 from dadvi.sharding.location import Location, Options, is_shareable, protocols, resolve
@@ -239,7 +240,11 @@ class _Shared:
     """A task that travels once to each worker; Dask would call a bare function."""
 
     def __init__(self, task: Callable[..., object]) -> None:
+        keep_freed_memory()
         self.task = task
+
+    def __reduce__(self) -> tuple[type["_Shared"], tuple[Callable[..., object]]]:
+        return _Shared, (self.task,)
 
 
 def _attempt(shared: _Shared, item: object) -> object:
