@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from distributed import Client, KilledWorker
+from distributed import Client, Future, KilledWorker
 
 from dadvi import sharding
 from dadvi.clients import (
@@ -25,6 +25,7 @@ from dadvi.clients import (
 )
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.executors import IN_PROCESS_BYTES, as_it_is
+from dadvi.memory import keep_freed_memory
 from dadvi.sharding.fieldspec import FieldSpecs
 from dadvi.sharding.ingest import Here, Missing, Tasks
 from dadvi.sharding.location import Location, Options, is_shareable, protocols, resolve
@@ -190,17 +191,17 @@ class Workers:
         """
         run = f"dadvi-ingest-{uuid.uuid4().hex[:8]}"
         with losing_scheduler(self._address, AGAIN):
-            # As the result of a task what all of them share reaches a worker once.
-            shared = self._client.submit(as_it_is, _Shared(task), key=f"{run}-task")
+            shared = self._share(task, len(items), f"dadvi-ingest-shared-{run[-8:]}")
             # At once, and named in their order: several graphs may be begun in any.
             keys = [f"{run}-{number:09d}" for number in range(len(items))]
-            futures = self._client.map(_attempt, [shared] * len(items), items, key=keys, retries=self._retries)
+            having = [shared[number % len(shared)] for number in range(len(items))]
+            futures = self._client.map(_attempt, having, items, key=keys, retries=self._retries)
             try:
                 results = gather(self._client, futures, self._wait_seconds, AGAIN)
             except SCHEDULER_LOST:
                 raise
             except BaseException as error:
-                self._client.cancel([*futures, shared])
+                self._client.cancel([*futures, *shared])
                 self._settle(run)
                 if isinstance(error, KilledWorker):
                     raise WorkError(
@@ -213,6 +214,22 @@ class Workers:
                 raise result
             yield result
 
+    def _share(self, task: Callable[..., object], num_items: int, key: str) -> list[Future]:
+        """Return what the tasks of all items depend on, so that it reaches each worker once: in turns if several.
+
+        Of many tasks that depend on one or a few of another group, Dask gives each to a worker that has nothing to do.
+        Of fewer, it gives each to a worker that has what it depends on, whatever others do.
+        """
+        threads = self._client.nthreads()
+        many = num_items > 2 * sum(threads.values())
+        where = [None] if many or not threads else [[worker] for worker in threads]
+        return [
+            self._client.submit(
+                as_it_is, _Shared(task), key=f"{key}-{number}", workers=workers, allow_other_workers=workers is not None
+            )
+            for number, workers in enumerate(where)
+        ]
+
     def _settle(self, run: str) -> None:
         """Wait for the tasks that workers are in, which no one can stop, lest they write after all was removed."""
         while any(self._client.run(_executing, run).values()):
@@ -223,7 +240,11 @@ class _Shared:
     """A task that travels once to each worker; Dask would call a bare function."""
 
     def __init__(self, task: Callable[..., object]) -> None:
+        keep_freed_memory()
         self.task = task
+
+    def __reduce__(self) -> tuple[type["_Shared"], tuple[Callable[..., object]]]:
+        return _Shared, (self.task,)
 
 
 def _attempt(shared: _Shared, item: object) -> object:

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 from clusters import local_client, scheduler_process, worker
-from distributed import Client, KilledWorker
+from distributed import Client, KilledWorker, get_worker
 from zarr.storage import MemoryStore
 
 import dadvi
@@ -187,6 +188,19 @@ def test_a_failure_waits_for_tasks_that_are_under_way(tmp_path, thread_client, m
     started, ended = done(tmp_path)
     assert started == ended
     assert 0 < len(ended) < 39
+
+
+@pytest.mark.parametrize("num_items", [2, 4, 12])
+def test_every_worker_gets_tasks_be_they_few_or_many(num_items):
+    def where(_item):
+        time.sleep(0.1)
+        return get_worker().address
+
+    with local_client(processes=False, n_workers=2) as client:
+        for _ in range(2):  # Dask knows by now how long they take
+            found = Counter(Workers(client, shareable=True).map(where, range(num_items)))
+            assert len(found) == 2
+            assert min(found.values()) >= num_items // 3
 
 
 def work(directory, item):

@@ -33,8 +33,8 @@ class Encoder(Protocol):
         """Dtype of one encoded row, with its shape (p,) if there are several columns."""
         ...
 
-    def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
-        """Return p Arrow arrays of finite values as rows, (rows,) or (rows, p), and remember their statistics."""
+    def encode(self, columns: Sequence[Any], out: NDArray[Any]) -> None:
+        """Put p Arrow arrays of finite values into `out` as rows, (rows,) or (rows, p); remember their statistics."""
         ...
 
     def merge(self, other: Self) -> None:
@@ -133,10 +133,10 @@ class NumericEncoder:
         count = len(self._spec.columns)
         return np.dtype((self._dtype, (count,))) if count > 1 else self._dtype
 
-    def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
-        """Return the stacked columns, (rows,) or (rows, p)."""
+    def encode(self, columns: Sequence[Any], out: NDArray[Any]) -> None:
+        """Stack the columns in `out`, (rows,) or (rows, p)."""
         arrays = [column.to_numpy(zero_copy_only=False).astype(self._dtype, copy=False) for column in columns]
-        values = np.empty((len(arrays[0]), len(arrays)), self._dtype)
+        values = out.reshape(len(out), len(arrays))
         for start in range(0, len(values), STACK_ROWS):
             rows = slice(start, start + STACK_ROWS)
             for position, each in enumerate(arrays):
@@ -147,7 +147,6 @@ class NumericEncoder:
             self._find_fraction(values)
             if self._spec.standardize:
                 self._add(Moments.of(values))
-        return values if len(columns) > 1 else values[:, 0]
 
     def merge(self, other: Self) -> None:
         """Take in the extremes, moments and first fraction of rows that follow."""
@@ -236,12 +235,12 @@ class CategoryEncoder:
         """The dtype of codes in order of appearance."""
         return np.dtype(np.int32)
 
-    def encode(self, columns: Sequence[Any]) -> NDArray[Any]:
-        """Return the codes in order of appearance, int32 (rows,)."""
+    def encode(self, columns: Sequence[Any], out: NDArray[Any]) -> None:
+        """Put the codes in order of appearance into `out`, int32 (rows,)."""
         encoded = columns[0].dictionary_encode()
         local = [self._codes.setdefault(value, len(self._codes)) for value in encoded.dictionary.to_pylist()]
         indices: NDArray[np.int32] = encoded.indices.to_numpy(zero_copy_only=False)
-        return np.asarray(local, dtype=np.int32)[indices]
+        out[:] = np.asarray(local, dtype=np.int32)[indices]
 
     def merge(self, other: Self) -> None:
         """Take in the values of rows that follow."""

@@ -28,8 +28,8 @@ from dadvi.sharding.layout import Layout
 from dadvi.sharding.location import Location, Options
 from dadvi.sharding.output import output
 from dadvi.sharding.reader import ShardedDataset, open_shards
-from dadvi.sharding.runs import RunReader, RunWriter, Stretch, stretches
-from dadvi.sharding.shuffle import MEMORY_BYTES, Block
+from dadvi.sharding.runs import Room, RunReader, RunWriter, Stretch, stretches
+from dadvi.sharding.shuffle import MEMORY_BYTES
 from dadvi.sharding.tables import Sources, Table, Unit, open_table
 from dadvi.sharding.writer import Draft, check_names, write_rows
 from dadvi.types import IntArray, whole_number
@@ -195,6 +195,8 @@ class _Plan:
     scratch: Path
     """The directory of the runs."""
     memory_bytes: int
+    room: Room = field(default_factory=Room)
+    """Where tasks keep rows until they write them."""
 
     def encoders(self) -> dict[str, Encoder]:
         """Return new encoders by field."""
@@ -242,10 +244,12 @@ def _read(tasks: Tasks, plan: _Plan, table: Table) -> _Seen:
 def _read_unit(plan: _Plan, unit: Unit) -> _Seen:
     """Read a unit, write its rows as runs, and return what was seen."""
     encoders, tally = plan.encoders(), Tally()
-    # Alive at once are the rows of a run, one field of it, and that field sorted.
-    writer = RunWriter(plan.scratch, unit.number, plan.shuffle, plan.dtypes(), plan.memory_bytes // 3)
-    for block in _encoded(unit, plan.types, plan.specs, encoders, tally, drop=plan.drop):
-        writer.append(block)
+    # Alive at once are the rows of a run, in arrays that may have grown to twice as many.
+    writer = RunWriter(plan.scratch, unit.number, plan.shuffle, plan.dtypes(), plan.memory_bytes // 3, plan.room)
+    for batch in _kept(unit, plan.types, tally, drop=plan.drop):
+        rows = writer.append(batch.num_rows)
+        for each in plan.specs:
+            encoders[each.name].encode([batch.column(name) for name in each.columns], rows[each.name])
     writer.flush()
     return _Seen(encoders, writer.counts, tally)
 
@@ -260,28 +264,18 @@ def _write_shard(
         codes = None
         if each.category:
             codes = {unit: np.load(plan.codes(each.name, unit), allow_pickle=False) for unit in runs.units()}
-        rows = transforms[each.name](runs.read(each.name, codes))
+        rows = map(transforms[each.name], runs.read(each.name, codes))
         checksums.append(write_rows(arrays[each.name], stretch.start, rows))
     return checksums
 
 
-def _encoded(
-    unit: Unit,
-    types: Mapping[str, Any],
-    specs: Sequence[FieldSpec],
-    encoders: Mapping[str, Encoder],
-    tally: Tally,
-    *,
-    drop: bool,
-) -> Iterator[Block]:
-    """Yield the rows to keep, encoded; after the first value that must not be there, only count on."""
+def _kept(unit: Unit, types: Mapping[str, Any], tally: Tally, *, drop: bool) -> Iterator[Any]:
+    """Yield the rows to keep, batch by batch; after the first value that must not be there, only count on."""
     for batch in unit.batches(types):
         kept = batch if all(map(_is_clean, batch.columns)) else _checked(batch, tally, drop=drop)
         tally.rows += batch.num_rows
         if not tally.refused and not tally.infinite:
-            yield {
-                each.name: encoders[each.name].encode([kept.column(name) for name in each.columns]) for each in specs
-            }
+            yield kept
 
 
 def _is_clean(column: Any) -> bool:

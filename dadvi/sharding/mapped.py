@@ -49,6 +49,15 @@ class MappedArray:
             return None
         return cls(directory, array, array.chunks, array.shards[0] // array.chunks[0], array.dtype.newbyteorder("<"))
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk without its checksum."""
+        return self.dtype.itemsize * math.prod(self.chunk_shape)
+
+    def path(self, shard: int) -> Path:
+        """Return where a shard lies."""
+        return self.directory / self.keys.metadata.encode_chunk_key((shard, *(0 for _ in self.chunk_shape[1:])))
+
     def read(self, chunk: int) -> NDArray[Any]:
         """Return a chunk, in full also where it is the ragged last one, checked against its checksum.
 
@@ -66,7 +75,7 @@ class MappedArray:
             self._shards[shard] = self._find(shard)
         path, index = self._shards[shard]
         offset, length = index[place].tolist()
-        size = self.dtype.itemsize * math.prod(self.chunk_shape)
+        size = self.chunk_bytes
         if length == ABSENT:
             raise FileNotFoundError(f"it is missing from {path}")
         if length != size + CHECKSUM.itemsize:
@@ -80,7 +89,7 @@ class MappedArray:
 
     def _find(self, shard: int) -> tuple[str, NDArray[np.void]]:
         """Return the path of a shard, and (offset, length) of each of its chunks."""
-        path = self.directory / self.keys.metadata.encode_chunk_key((shard, *(0 for _ in self.chunk_shape[1:])))
+        path = self.path(shard)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
         size = self.chunks_per_shard * INDEX_ENTRY.itemsize

@@ -19,6 +19,7 @@ from dadvi.sharding.layout import Layout
 from dadvi.sharding.location import Location, Options
 from dadvi.sharding.manifest import FORMAT, JSON, Category, Field, Manifest, digest
 from dadvi.sharding.output import Output, output
+from dadvi.sharding.plain import PlainShard
 from dadvi.sharding.reader import ATTRIBUTE, ShardedDataset, array_document, describe_lengths, open_shards
 from dadvi.sharding.shuffle import MEMORY_BYTES, Block, RowSpool
 from dadvi.sharding.sources import aligned, checked, source
@@ -174,10 +175,31 @@ class Draft:
         )
 
 
-def write_rows(array: "zarr.Array[Any]", start: int, values: NDArray[Any]) -> int:
-    """Write rows from `start` on, and return their CRC-32C."""
+def write_rows(array: "zarr.Array[Any]", start: int, blocks: Iterable[NDArray[Any]]) -> int:
+    """Write the rows of a shard, which begins with row `start`, and return their CRC-32C.
+
+    Each of the blocks may be overwritten by the next.
+    """
+    shard_rows = (array.shards or array.chunks)[0]
+    shard = PlainShard.of(array, start // shard_rows)
+    if shard is not None:
+        return shard.write(blocks)
+    values = _joined(blocks, (min(shard_rows, array.shape[0] - start), *array.shape[1:]), array.dtype)
     array[start : start + len(values)] = values
     return int(crc32c(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data))
+
+
+def _joined(blocks: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return all rows in one array, which is the block itself where there is one only."""
+    values, filled = np.empty(0, dtype), 0
+    for block in blocks:
+        if len(block) == shape[0]:
+            return block
+        if not filled:
+            values = np.empty(shape, dtype)
+        values[filled : filled + len(block)] = block
+        filled += len(block)
+    return values
 
 
 def _write_blocks(draft: Draft, blocks: Iterable[Block]) -> list[list[int]]:
@@ -185,7 +207,7 @@ def _write_blocks(draft: Draft, blocks: Iterable[Block]) -> list[list[int]]:
     manifest = draft.manifest
     start, checksums = 0, []
     for shard in _rebatched(blocks, list(manifest.fields.values()), min(manifest.shard_rows, manifest.num_rows)):
-        checksums.append([write_rows(draft.arrays[name], start, values) for name, values in shard.items()])
+        checksums.append([write_rows(draft.arrays[name], start, [values]) for name, values in shard.items()])
         start += len(next(iter(shard.values())))
     return checksums
 
