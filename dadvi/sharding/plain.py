@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-import crc32c
 import numpy as np
 import zarr
+from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
@@ -52,7 +52,7 @@ class PlainShard:
                     rest = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                     while len(rest):
                         part, rest = rest[: self.chunk_bytes - filled], rest[self.chunk_bytes - filled :]
-                        of_rows, of_chunk = crc32c.crc32c(part, of_rows), crc32c.crc32c(part, of_chunk)
+                        of_rows, of_chunk = crc32c(part, of_rows), crc32c(part, of_chunk)
                         file.write(part)
                         filled += len(part)
                         if filled == self.chunk_bytes:
@@ -61,11 +61,11 @@ class PlainShard:
                 if filled:
                     padding = bytes(self.chunk_bytes - filled)
                     file.write(padding)
-                    file.write(CHECKSUM.type(crc32c.crc32c(padding, of_chunk)).tobytes())
+                    file.write(CHECKSUM.type(crc32c(padding, of_chunk)).tobytes())
                     written += 1
                 index = self._index(written)
                 file.write(index)
-                file.write(CHECKSUM.type(crc32c.crc32c(index)).tobytes())
+                file.write(CHECKSUM.type(crc32c(index)).tobytes())
             attempt.replace(self.path)
         except BaseException:
             attempt.unlink(missing_ok=True)
