@@ -47,8 +47,9 @@ data; half the tolerance, if that is less."""
 NARROW = 0.003
 """Relative difference of precisions at q's mean and averaged over q, below which those at the mean will do."""
 
-FEWER_POINTS, MOST_POINTS = (2, 3), 5
-"""Points along each direction of the draws for a pass that measures Hessians too."""
+FEW_POINTS, MORE_POINTS = 3, 5
+"""Points along each direction of the draws for a pass that measures Hessians too. With two, what they leave of the mean
+of each effect adds up, over a thousand effects, to hundredths of an sd of their scale."""
 
 COARSE = 0.01
 """Norm of the relative errors, over the effects of groups, of precisions averaged by fewer points, above which there
@@ -213,9 +214,9 @@ class Search:
             return replace(fixed_draws(num_draws, dim, stream, num_points), prior=noise.prior)
 
         if not self.structure.groups.numel():
-            return drawn(most, 3)
+            return drawn(most, FEW_POINTS)
         if seen.num_rows < ROWS_OF_AN_EFFECT * self.structure.groups.numel():
-            return drawn(most, MOST_POINTS)
+            return drawn(most, MORE_POINTS)
         num_points = self._points_along(q, curvature, seen, factor, scales)
         if self.num_draws is not None:
             return drawn(most, num_points)
@@ -233,17 +234,14 @@ class Search:
         def along(num_points: int) -> Rule:
             return gauss_hermite(1, dim, random_stream(self.seed, Purpose.DRAWS, 3), num_points)
 
-        fine = along(MOST_POINTS)
-        for num_points in FEWER_POINTS:
-            coarse = along(num_points)
-            nodes = scales.at_origin(q.transform(torch.cat([coarse.nodes, fine.nodes])), q.loc)
-            weights = torch.cat([coarse.weights, -fine.weights])
-            work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
-            products = torch.from_numpy(seen.run(work).products)[:, groups]
-            difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # (J, C)
-            if float((difference / curvature.precision_diagonal[groups]).norm()) <= COARSE:
-                return num_points
-        return MOST_POINTS
+        coarse, fine = along(FEW_POINTS), along(MORE_POINTS)
+        nodes = scales.at_origin(q.transform(torch.cat([coarse.nodes, fine.nodes])), q.loc)
+        weights = torch.cat([coarse.weights, -fine.weights])
+        work = HessianVector(nodes.numpy(), self.structure.probes(), weights.numpy())
+        products = torch.from_numpy(seen.run(work).products)[:, groups]
+        difference = factor * products.diagonal(dim1=0, dim2=2) * self.structure.signs[:, None]  # of precisions (J, C)
+        error = difference / curvature.precision_diagonal[groups]
+        return MORE_POINTS if float(error.norm()) > COARSE else FEW_POINTS
 
     def _solve(self, local: LocalModel, q: Gaussian, noise: Noise, tol: float, *, curved: bool = True) -> Gaussian:
         return solve(self.model, local, q, noise.expectations(self.model, local, q), noise, tol, curved=curved)[0]

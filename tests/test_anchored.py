@@ -694,23 +694,25 @@ def test_effects_of_groups_need_no_dense_curvature(write, limit, monkeypatch, sa
 
 def test_effects_that_few_rows_tell_are_averaged_by_finer_rules(write, visits, monkeypatch):
     method = dadvi.Anchored(curvature="data")
-    for num_groups, coarse, num_points in ((300, 0.03, 2), (1_000, 0.03, 3), (300, 0.002, 5)):
+    for num_groups, num_rows, coarse, num_points in ((300, 900, 0.01, 5), (60, 3_000, 0.01, 3), (60, 3_000, 0.0, 5)):
         monkeypatch.setattr(starting, "COARSE", coarse)
-        model, fields = many_groups(True, num_groups, 10 * num_groups)
+        model, fields = many_groups(True, num_groups, num_rows)
         data = write(fields, f"{num_groups}-{coarse}.zarr", chunk_rows=500)
         dadvi.fit(model, data, method=method, client="serial", max_passes=1)
-        assert len(visits[-1][3].noise.curvature.nodes) == num_points
+        noise = visits[-1][3].noise
+        assert len(noise.curvature.nodes) == num_points
+        assert len(noise.likelihood.nodes) == starting.TAYLOR_DRAWS + 1 or num_rows > 900  # too few to tell less
 
 
 def test_an_expansion_has_the_draws_that_its_tolerance_needs(write, visits):
-    model, fields = many_groups(True, 300, 3_000)
+    model, fields = many_groups(True, 60, 3_000)
     data, used = write(fields, chunk_rows=500), []
-    for tol in (0.1, 0.03, 0.001):
+    for tol in (1.0, 0.3, 0.1):
         method = dadvi.Anchored(curvature="data", subsample_rows=1_000)
         posterior = dadvi.fit(model, data, method=method, client="serial", tol=tol)
-        assert posterior.certificate.floor < tol or tol < 0.01
+        assert posterior.certificate.floor < 0.1 * tol
         used.append(len(visits[-1][3].noise.likelihood.nodes))
-    assert used[0] == 4 < used[1] < used[2] == starting.TAYLOR_DRAWS
+    assert used[0] == 2 * starting.DIRECTIONS + 1 < used[1] < used[2] == starting.TAYLOR_DRAWS + 1
 
 
 @pytest.mark.parametrize("centred", [True, False])
