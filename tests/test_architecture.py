@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "types",
     "stopwatch",
+    "cores",
     "acceleration",
     "sharding",
     "supports",
