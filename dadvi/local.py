@@ -29,7 +29,7 @@ from dadvi.executors import Executor
 from dadvi.families import Gaussian, MeanField
 from dadvi.model import Model
 from dadvi.passes import Expansion, ExpansionSums, Gradient, HessianVector
-from dadvi.quadratic import Certificate, Curvature, optimum, prior_hessian, prior_mean
+from dadvi.quadratic import Certificate, Curvature, optimum, prior_hessian
 from dadvi.quadrature import Rule
 from dadvi.scales import Scales
 from dadvi.structure import Arrowhead, Structure
@@ -259,12 +259,15 @@ class Noise:
             Second derivatives near q, then taken for those at q.
 
         """
-        log_lik, grads = local.log_lik(q.transform(self.likelihood.nodes))
-        log_prior, of_prior = prior_mean(prior, Rule(q.transform(self.prior.nodes), self.prior.weights))
-        grad = self.likelihood.mean(grads) + self.prior.mean(of_prior)
-        errors = local.grad_errors(self.likelihood, grads) + self.prior.errors(of_prior)
+        eta, prior_eta = q.transform(self.likelihood.nodes), q.transform(self.prior.nodes).requires_grad_()
+        log_lik, grads = local.log_lik(eta)
+        log_prior = self.prior.weights @ prior.log_prior(prior_eta)
+        grad, errors = self.likelihood.mean(grads), local.grad_errors(self.likelihood, grads)
+        if log_prior.requires_grad:  # unlike a flat prior's
+            of_prior = torch.autograd.grad(log_prior, prior_eta)[0] / self.prior.weights[:, None]
+            grad, errors = grad + self.prior.mean(of_prior), errors + self.prior.errors(of_prior)
         bends = known or self.bends(prior, local, q)
-        sampled = float(self.likelihood.mean(log_lik) + log_prior + q.entropy())
+        sampled = float(self.likelihood.mean(log_lik) + log_prior.detach() + q.entropy())
         return self._seen(bends, q, sampled, grad, errors)
 
     def bends(self, prior: Model, local: LocalModel, q: Gaussian) -> Bends:

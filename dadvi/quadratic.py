@@ -8,17 +8,14 @@ certificate.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from operator import add
-from typing import TypeVar
+from functools import cached_property
 
 import scipy.optimize
 import torch
 from torch import Tensor
 
-from dadvi.cores import on_all_cores
 from dadvi.elbo import draw_noise, log_joint
 from dadvi.errors import InputError, ModelError
 from dadvi.executors import Executor
@@ -31,8 +28,6 @@ from dadvi.sharding.sampling import subsample
 from dadvi.structure import Arrowhead, Root, Structure
 from dadvi.types import FloatArray, Purpose, random_stream
 
-Result = TypeVar("Result")
-
 DENSE_LIMIT = 2_000
 """Up to this many coordinates a curvature without structure is held in full; beyond, its diagonal is estimated."""
 
@@ -44,9 +39,6 @@ CERTIFICATE_DRAWS = 16
 PRIOR_DRAWS, FEWEST_PRIOR_DRAWS, PRIOR_NUMBERS = 512, 32, 2**18
 """Draws for the prior's part of an expectation: they cost no data, and the skewed scales of a hierarchy need them. In
 many dimensions they are fewer, so that together they have about `PRIOR_NUMBERS` numbers."""
-
-PRIOR_NUMBERS_AT_ONCE = 2**16
-"""Numbers of the draws that one core takes at a time."""
 
 FLAT = 1e-11
 """Eigenvalues, at a unit diagonal, below this fraction of the largest make a direction flat: far below what collinear
@@ -225,8 +217,8 @@ def curvature_chunks(manifest: Manifest, structure: Structure | None, seed: int)
     return [int(chunk) for chunk in subsample(manifest, num_chunks, seed, purpose=Purpose.CURVATURE, step=1)]
 
 
-def prior_mean(model: Model, at: Rule) -> tuple[Tensor, Tensor]:
-    """Return the mean over points η (K, D) of log p(T(η)) + log|det J_T(η)|, and its gradient (K, D) at each of them.
+def prior_products(model: Model, at: Rule, tangents: FloatArray) -> Tensor:
+    """Return the mean over points η (K, D) of Hessian-vector products (T, D) of log p(T(η)) + log|det J_T(η)|.
 
     Parameters
     ----------
@@ -234,36 +226,8 @@ def prior_mean(model: Model, at: Rule) -> tuple[Tensor, Tensor]:
         The points, as nodes of a rule, and their weights.
 
     """
-
-    def of_some(some: Rule) -> tuple[Tensor, Tensor]:
-        eta = some.nodes.detach().requires_grad_()
-        value = model.log_prior(eta)
-        if not value.requires_grad:  # a flat prior
-            return some.weights @ value, torch.zeros_like(eta)
-        (grad,) = torch.autograd.grad(value.sum(), eta)
-        return some.weights @ value.detach(), grad
-
-    values, grads = zip(*_on_pieces(of_some, at), strict=True)
-    return sum(values[1:], values[0]), torch.cat(grads)
-
-
-def prior_products(model: Model, at: Rule, tangents: FloatArray) -> Tensor:
-    """Return the mean over points η (K, D) of Hessian-vector products (T, D) of log p(T(η)) + log|det J_T(η)|.
-
-    The points are as in `prior_mean`.
-    """
-
-    def of_some(some: Rule) -> Tensor:
-        eta = some.nodes.detach().requires_grad_()
-        return hessian_products(some.weights @ model.log_prior(eta), eta, torch.from_numpy(tangents), 8 * eta.numel())
-
-    return reduce(add, _on_pieces(of_some, at))
-
-
-def _on_pieces(function: Callable[[Rule], Result], at: Rule) -> list[Result]:
-    """Return the function's results for pieces of a rule, which have about `PRIOR_NUMBERS_AT_ONCE` numbers each."""
-    pieces = at.split(max(1, PRIOR_NUMBERS_AT_ONCE // at.nodes.shape[1]))
-    return [function(at)] if len(pieces) == 1 else on_all_cores(function, pieces)
+    eta = at.nodes.detach().requires_grad_()
+    return hessian_products(at.weights @ model.log_prior(eta), eta, torch.from_numpy(tangents), 8 * eta.numel())
 
 
 def prior_hessian(model: Model, at: Rule, structure: Structure) -> Arrowhead:

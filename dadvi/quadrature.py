@@ -65,10 +65,6 @@ class Rule:
         """Return draws (NUM_ERRORS, D) of the error of the mean of values (K, D): 0 where nothing is known of it."""
         return values.new_zeros(NUM_ERRORS, values.shape[1]) if self.contrasts is None else self.contrasts @ values
 
-    def split(self, num_nodes: int) -> "list[Rule]":
-        """Return the rule in pieces of so many nodes, whose weights add up to its own."""
-        return [Rule(*each) for each in zip(self.nodes.split(num_nodes), self.weights.split(num_nodes), strict=True)]
-
     @classmethod
     def equal(cls, nodes: Tensor) -> "Rule":
         """Return the rule whose nodes have the same weight."""

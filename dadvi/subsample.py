@@ -5,10 +5,12 @@ right for the rows that S has. Its mean lies within about √(N / rows in S) pos
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +19,6 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from dadvi.cores import on_all_cores
 from dadvi.elbo import log_joint
 from dadvi.errors import ModelError, ShuffleWarning
 from dadvi.families import Gaussian, MeanField
@@ -55,6 +56,13 @@ FALSE_ALARM = 1e-4
 
 WORTH_THREADS = 2**20
 """Rows times coordinates of a subsample below which handing out its chunks to threads would cost more than it gains."""
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return threads for the chunks of a subsample, each with one torch thread: the bits must not depend on cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores, "subsample", initializer=torch.set_num_threads, initargs=(1,))
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class Subsample:
         if self.num_rows * self.model.model.dim < WORTH_THREADS:
             with single_thread():
                 return [on_one(batch) for batch in self.batches.values()]
-        return on_all_cores(on_one, self.batches.values())
+        return list(_threads().map(on_one, self.batches.values()))
 
     def run(self, work: Pass[Sums]) -> Sums:
         """Return the sums of a pass over S."""

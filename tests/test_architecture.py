@@ -13,7 +13,6 @@ ORDER = [
     "errors",
     "types",
     "stopwatch",
-    "cores",
     "acceleration",
     "sharding",
     "supports",
