@@ -88,7 +88,7 @@ def test_what_a_budget_leaves_keeps_chunks_and_the_result_is_the_same(tmp_path):
     reads = []
 
     class Counted:
-        manifest = data.manifest
+        manifest, decoding = data.manifest, 0.0
 
         def read(self, chunk, fields):
             reads.append(chunk)
