@@ -49,7 +49,7 @@ NARROW = 0.003
 
 FEW_POINTS, MORE_POINTS = 3, 5
 """Points along each direction of the draws for a pass that measures Hessians too. With two, what they leave of the mean
-of each effect adds up, over a thousand effects, to hundredths of an sd of their scale."""
+of each effect adds up, over two thousand effects, to hundredths of an sd of their scale."""
 
 COARSE = 0.01
 """Norm of the relative errors, over the effects of groups, of precisions averaged by fewer points, above which there
@@ -63,7 +63,8 @@ ROWS_OF_AN_EFFECT = 10
 few it takes the effects that it sees for known, and with them what q spreads over."""
 
 LITTLE = 0.04
-"""What these draws may leave unknown of the tolerance, by the subsample: all rows make of it up to five times that."""
+"""What these draws may leave unknown of the tolerance, by the subsample: with all rows and the prior's draws it was up
+to nine times that."""
 
 DIRECTIONS = 4
 """Directions of draws at least: by the differences of fewer, a single coordinate's error can look like none."""
