@@ -80,15 +80,16 @@ def losing_scheduler(address: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def workers_of(client: Client) -> list[str]:
-    """Return the addresses of the workers; an error of `SCHEDULER_LOST` if the scheduler does not answer."""
+def workers_of(client: Client) -> dict[str, int]:
+    """Return the workers' threads by address; an error of `SCHEDULER_LOST` if the scheduler does not answer."""
     if client.scheduler is None:  # the client has given up to reach it
         raise ClosedClientError
     try:
         # Not client.scheduler_info: what it returns is refreshed meanwhile, and for a moment names no workers.
-        return sorted(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
+        workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     except OSError as error:
         raise CommClosedError(str(error)) from error
+    return {address: worker["nthreads"] for address, worker in sorted(workers.items())}
 
 
 def in_this_process(client: Client) -> bool:

@@ -6,9 +6,11 @@ shard order.
 
 import asyncio
 import itertools
+import math
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import dask
+import numpy as np
 from distributed import Actor, Client, Future, KilledWorker, get_worker
 from distributed.system import MEMORY_LIMIT
 
@@ -34,12 +37,12 @@ from dadvi.errors import DataError, InputError, WorkError
 from dadvi.likelihood import BoundModel
 from dadvi.memory import Need, keep_freed_memory
 from dadvi.passes import Pass, tree_sum
-from dadvi.sharding import ShardedDataset
+from dadvi.sharding import Manifest, ShardedDataset
 from dadvi.sharding.cache import ChunkCache
 from dadvi.sharding.placement import place
 from dadvi.stopwatch import Phase, Profile, Stopwatch
 from dadvi.summing import sum_shard
-from dadvi.types import FloatArray
+from dadvi.types import FloatArray, IntArray
 
 Sums = TypeVar("Sums", bound=tuple[FloatArray, ...])
 T = TypeVar("T")
@@ -65,6 +68,10 @@ FEW_ROWS = 2**17
 
 LOST_SECONDS = 0.2
 """How often it is seen to whether an actor that has not answered is still there."""
+
+TASK_SECONDS = 4.0
+"""Work of a task, where it is known how fast passes go and threads are left no less busy: tasks take the scheduler
+somewhat less than a millisecond each."""
 
 TOGETHER = 8
 """Shards added up by one task: a power of two, so that the order is that of `tree_sum`."""
@@ -101,6 +108,11 @@ class Executor(Protocol):
         ...
 
 
+def _by_shard(manifest: Manifest, chunks: Iterable[int]) -> list[ShardChunks]:
+    """Return chunks, in order, by shard."""
+    return [(shard, list(members)) for shard, members in groupby(chunks, key=manifest.shard)]
+
+
 class _Base:
     """What executors share: the count of rows they had read, where the time went, and closing."""
 
@@ -114,7 +126,7 @@ class _Base:
         manifest = self.data.manifest
         ordered = list(range(manifest.num_chunks)) if chunks is None else sorted(int(chunk) for chunk in chunks)
         self.rows_read += int(manifest.chunk_sizes[ordered].sum())
-        return [(shard, list(members)) for shard, members in groupby(ordered, key=manifest.shard)]
+        return _by_shard(manifest, ordered)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -214,13 +226,15 @@ class DaskExecutor(_Base):
         self._contexts: dict[str, Future] = {}  # by worker
         self._summers = _Summers(client, f"{self._run}-summer")
         self._placement: Mapping[int, str] = {}
+        self._threads: Mapping[str, int] = {}  # of each worker
+        self._pace: dict[str, float] = {}  # rows that a thread sums in a second, by the last pass of each name
         self._placed_at = -PLACEMENT_SECONDS
 
     def run(
         self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
     ) -> Sums:
         """Return the sums of a pass."""
-        started = time.perf_counter()
+        started, rows_before = time.perf_counter(), self.rows_read
         try:
             with losing_scheduler(self._address, AGAIN):
                 results = self._results(work, self._shards(chunks), check)
@@ -241,6 +255,8 @@ class DaskExecutor(_Base):
         parts: dict[int, Sums] = {shard: part for result in results for shard, part in result.parts}
         total = tree_sum([parts[shard] for shard in sorted(parts)])
         seconds = _by_worker([each for result in results for each in result.seconds])
+        busy = sum(sum(phases.values()) for phases in seconds.values())
+        self._pace[work.name] = (self.rows_read - rows_before) / busy
         self.profile += Profile.of(seconds, arrived - started, time.perf_counter() - arrived)
         return total
 
@@ -251,8 +267,9 @@ class DaskExecutor(_Base):
         long may close itself. Longer passes let the actors go, as Dask retires no worker that has one.
         """
         placed_at = self._placed_at
-        tasks, results = self._tasks(shards), []
-        if sum(task.rows for task in tasks) > FEW_ROWS or work.size(self.model.model.dim) > LARGE_PASS:
+        size = work.size(self.model.model.dim)
+        tasks, results = self._tasks(work, shards), []
+        if sum(task.rows for task in tasks) > FEW_ROWS or size > LARGE_PASS:
             self._summers.leave_all_but(())
         elif self._placed_at == placed_at:
             answers = self._summers.ask(work, tasks, check, self._contexts)
@@ -277,11 +294,11 @@ class DaskExecutor(_Base):
                 _run_task,
                 [self._contexts[task.worker] for task in tasks],
                 [what] * len(tasks),
-                [task.shards for task in tasks],
+                [np.array(task.chunks) for task in tasks],  # Dask would look through lists
                 [check] * len(tasks),
                 key=list(where),
             )
-        if len(tasks) * size > LARGE_SUMS and all(len(task.shards) == 1 for task in tasks):
+        if len(tasks) * size > LARGE_SUMS and all(task.num_shards == 1 for task in tasks):
             return self._added_up(futures, key)
         return futures
 
@@ -297,24 +314,34 @@ class DaskExecutor(_Base):
             ]
         return futures
 
-    def _tasks(self, shards: list[ShardChunks]) -> list["_Task"]:
-        """Return tasks that hold shards where they were read before, each at most one shard's worth of rows.
+    def _tasks(self, work: Pass[Sums], shards: list[ShardChunks]) -> list["_Task"]:
+        """Return tasks that hold shards where they were read before.
 
-        A pass over all the data thus has a task for each shard, and a minibatch with a few chunks of many shards one
-        for each worker.
+        A task has at most one shard's worth of rows, so that a pass over all the data has a task for each shard, and a
+        minibatch with a few chunks of many shards one for each worker. Once it is known how fast such passes go it has
+        `TASK_SECONDS` of them, but leaves something to do for every thread of its worker. Sums that are large stay
+        apart, as workers add them up.
         """
         self._update_placement()
-        sizes = self.data.manifest.chunk_sizes
+        sizes, shard_rows = self.data.manifest.chunk_sizes, self.data.manifest.shard_rows
+        rows = {shard: int(sizes[members].sum()) for shard, members in shards}
+        of_worker: Counter[str] = Counter()
+        for shard, number in rows.items():
+            of_worker[self._placement[shard]] += number
+        large = len(shards) * work.size(self.model.model.dim) > LARGE_SUMS
+        known = 0 if large else math.ceil(TASK_SECONDS * self._pace.get(work.name, 0.0) / shard_rows)  # shards
         tasks: list[_Task] = []
         filling: dict[str, _Task] = {}  # each worker's latest task
         for shard, members in shards:
-            worker, rows = self._placement[shard], int(sizes[members].sum())
+            worker = self._placement[shard]
+            of_thread = math.ceil(of_worker[worker] / shard_rows / self._threads[worker])
             task = filling.get(worker)
-            if task is None or task.rows + rows > self.data.manifest.shard_rows:
+            if task is None or task.rows + rows[shard] > max(1, min(known, of_thread)) * shard_rows:
                 task = filling[worker] = _Task(worker)
                 tasks.append(task)
-            task.shards.append((shard, members))
-            task.rows += rows
+            task.chunks += members
+            task.rows += rows[shard]
+            task.num_shards += 1
         return tasks
 
     def _update_placement(self) -> None:
@@ -324,7 +351,8 @@ class DaskExecutor(_Base):
             return
         workers = workers_of(self.client)
         if not self._placement or (workers and set(self._placement.values()) != set(workers)):
-            self._placement = place(range(self.data.manifest.num_shards), workers, self._placement)
+            self._placement = place(range(self.data.manifest.num_shards), list(workers), self._placement)
+            self._threads = workers
             self._contexts = {
                 worker: self._contexts.get(worker) or self._context_on(worker)
                 for worker in sorted(set(self._placement.values()))
@@ -348,11 +376,12 @@ class DaskExecutor(_Base):
 
 @dataclass
 class _Task:
-    """Shards that go to a worker together."""
+    """Chunks that go to a worker together."""
 
     worker: str
-    shards: list[ShardChunks] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
     rows: int = 0
+    num_shards: int = 0
 
 
 class _Context:
@@ -374,15 +403,16 @@ class _Result(NamedTuple, Generic[Sums]):
     seconds: list[tuple[str, dict[Phase, float]]]  # of each worker that had a part in it, by phase
 
 
-def _run_task(
-    context: _Context, work: Pass[Sums], shards: Sequence[ShardChunks], check: bool
-) -> _Result[Sums] | InputError:
-    """Sum some shards on a worker, each by itself. Bad input comes back as a value: trying it again would not help."""
+def _run_task(context: _Context, work: Pass[Sums], chunks: IntArray, check: bool) -> _Result[Sums] | InputError:
+    """Sum some chunks on a worker, those of each shard by themselves.
+
+    Bad input comes back as a value: trying it again would not help.
+    """
     watch = Stopwatch()
     try:
         parts = [
             (shard, sum_shard(work, context.model, context.cache, members, check=check, watch=watch))
-            for shard, members in shards
+            for shard, members in _by_shard(context.data.manifest, chunks.tolist())
         ]
     except InputError as error:
         return error
@@ -395,9 +425,9 @@ class _Summer:
     def __init__(self, context: _Context) -> None:
         self._context = context
 
-    def sum(self, work: Pass[Sums], shards: Sequence[ShardChunks], check: bool) -> _Result[Sums] | InputError:
-        """Sum some shards, as a task does."""
-        return _run_task(self._context, work, shards, check)
+    def sum(self, work: Pass[Sums], chunks: IntArray, check: bool) -> _Result[Sums] | InputError:
+        """Sum some chunks, as a task does."""
+        return _run_task(self._context, work, chunks, check)
 
 
 class _Summers:
@@ -432,7 +462,7 @@ class _Summers:
         with suppress(Exception):  # a task that meets the same will tell
             if task.worker not in self._actors:
                 self._actors[task.worker] = await future
-            call = asyncio.ensure_future(self._actors[task.worker].sum(work, task.shards, check))
+            call = asyncio.ensure_future(self._actors[task.worker].sum(work, np.array(task.chunks), check))
             while future.status == "finished":
                 done, _ = await asyncio.wait([call], timeout=LOST_SECONDS)
                 if done:

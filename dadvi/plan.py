@@ -33,7 +33,7 @@ class Plan:
     passes_at_most: float
     """After which no further round or epoch starts."""
     tasks_per_pass: int
-    """One for each shard."""
+    """At most, one for each shard: once it is known how fast passes go, a task has some seconds' worth of shards."""
     bytes_per_pass: int
     """Of the fields that the model uses, as a pass without any cache reads them."""
     bytes_at_most: int

@@ -4,10 +4,10 @@
   size, K = 8: by one process that keeps no chunks, and by two worker processes that keep all of them. Ten is linear;
   less says that a part of a pass does not grow.
 - workers: shards whose work is simulated: each sleeps for a second and returns sums of the size that a gradient's have
-  (K = 8, D = 100). Two shards a worker, so that an ideal pass takes two seconds on any number of workers; the figures
-  are what it takes beyond, and the processor's time of coordinator and scheduler, which are this process, as shares of
-  the two seconds. Workers are threads of another process, so that all of them share one interpreter: as many machines
-  take less beyond.
+  (K = 8, D = 100). Two shards a worker, so that an ideal pass takes two seconds on any number of workers, and eight;
+  the figures are what it takes beyond, and the processor's time of coordinator and scheduler, which are this process,
+  as shares of those seconds. Workers are threads of another process, so that all of them share one interpreter: as
+  many machines take less beyond.
 - steps: a gradient of 16 random chunks of 200 rows and 5 columns at K = 8, as a stochastic step has it, one after the
   other. The figure is the step's seconds minus those in which the busiest worker computed. With worker processes also
   the processor's time of this process, which holds client and scheduler: other work on the machine adds less to it.
@@ -40,7 +40,9 @@ from dadvi.passes import Gradient, GradientSums
 
 DRAWS = 8
 STEP_CHUNKS = 16
-SHARDS_A_WORKER = 2
+WORKERS = ((1, 2), (4, 2), (16, 2), (64, 2), (64, 8))
+QUICK_WORKERS = ((1, 2), (64, 2))
+"""Workers, and shards of each."""
 
 
 def write(path: Path, rows: int, columns: int, chunk_rows: int, shard_chunks: int) -> dadvi.ShardedDataset:
@@ -144,10 +146,10 @@ def rows_part(quick: bool, directory: Path) -> Iterator[Row]:
 
 def workers_part(quick: bool, directory: Path) -> Iterator[Row]:
     """Yield what a pass takes beyond the work of its shards."""
-    ideal, turns = SHARDS_A_WORKER * SHARD_SECONDS, 3 if quick else 9
-    for number in (1, 64) if quick else (1, 4, 16, 64):
-        shards = SHARDS_A_WORKER * number
-        data = write(directory / f"{number}.zarr", 10 * shards, 100, 10, 1)
+    turns = 3 if quick else 9
+    for number, of_each in QUICK_WORKERS if quick else WORKERS:
+        shards, ideal = of_each * number, of_each * SHARD_SECONDS
+        data = write(directory / f"{number}-{of_each}.zarr", 10 * shards, 100, 10, 1)
         with workers_elsewhere(number) as client, DaskExecutor(bound_to(data), data, client) as executor:
             work = Simulated(gradient(0, 100).points)
             expected = executor.run(work).log_lik[0]
@@ -161,7 +163,7 @@ def workers_part(quick: bool, directory: Path) -> Iterator[Row]:
             before = time.process_time()
             time.sleep(ideal)
             idle = time.process_time() - before
-        middle, who = statistics.median(seconds), f"{number} simulated workers"
+        middle, who = statistics.median(seconds), f"{number} simulated workers, {of_each} shards each"
         yield Row(f"{who}, beyond", 100 * (middle / ideal - 1), "%", None, None, f"{middle:.3f} s for {shards} shards")
         share, without = 100 * statistics.median(processor) / ideal, f"{100 * idle / ideal:.1f} % where nothing runs"
         yield Row(f"{who}, coordinator and scheduler", share, "%", None, 5, without)

@@ -388,6 +388,51 @@ def test_same_bits_after_an_actor_is_killed_with_its_worker(process_clients, bou
         assert_all_the_same_bits(executor, reference)
 
 
+# --- tasks, which take the scheduler a while each
+
+
+def shards_of_tasks(executor, work):
+    return [task.num_shards for task in executor._tasks(work, executor._shards(None))]
+
+
+def test_tasks_have_more_shards_once_it_is_known_how_fast_passes_go(thread_client, bound, data, reference, monkeypatch):
+    monkeypatch.setattr(executors, "FEW_ROWS", 0)
+    work, other = works()[:2]
+    with DaskExecutor(bound, data, thread_client) as executor:
+        assert shards_of_tasks(executor, work) == [1] * 7
+        executor.run(work)
+        (worker,) = executor._threads
+        for threads, expected in ((1, [7]), (2, [4, 3]), (3, [3, 3, 1]), (7, [1] * 7), (32, [1] * 7)):
+            executor._threads = {worker: threads}
+            assert shards_of_tasks(executor, work) == expected
+            assert_same_bits(executor.run(work), reference[0][0])
+        assert shards_of_tasks(executor, other) == [1] * 7  # of another pass nothing is known
+
+
+def test_tasks_take_some_seconds_and_large_sums_stay_apart(thread_client, bound, data, monkeypatch):
+    work = works()[0]
+    with DaskExecutor(bound, data, thread_client) as executor:
+        executor.run(work)
+        executor._threads = dict.fromkeys(executor._threads, 1)
+        executor._pace[work.name] = 1.5 * SHARD / executors.TASK_SECONDS
+        assert shards_of_tasks(executor, work) == [2, 2, 2, 1]
+        executor._pace[work.name] = 0.5 * SHARD / executors.TASK_SECONDS
+        assert shards_of_tasks(executor, work) == [1] * 7
+        executor._pace[work.name] = 1e9
+        assert shards_of_tasks(executor, work) == [7]
+        monkeypatch.setattr(executors, "LARGE_SUMS", 7 * work.size(4) - 1)
+        assert shards_of_tasks(executor, work) == [1] * 7
+
+
+def test_the_pace_of_a_pass_is_that_of_its_threads(thread_client, bound, data):
+    work = works()[0]
+    with DaskExecutor(bound, data, thread_client) as executor:
+        executor.run(work)
+        profile = executor.profile
+        busy = profile.read + profile.decode + profile.check + profile.forward + profile.backward
+        assert executor._pace == {work.name: pytest.approx(ROWS / busy)}  # of one worker
+
+
 # --- which executor, and clusters that cannot be used
 
 

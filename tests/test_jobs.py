@@ -188,7 +188,7 @@ def test_a_fit_does_what_the_plan_says(world, thread_client):
     model = package.Model({"a": normal(0.0, 1.0)}, lambda a: normal(a, 1.0), observed="x")
     plan = make_plan(model, data, method="auto", family=MeanField(), max_passes=None)
     executor = DaskExecutor(bind_to(model, data), data, thread_client)
-    tasks = executor._tasks(executor._shards(None))
+    tasks = executor._tasks(Gradient(np.zeros((1, 1))), executor._shards(None))
     assert plan.tasks_per_pass == len(tasks)
     executor.close()
 
