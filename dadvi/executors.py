@@ -225,10 +225,10 @@ class DaskExecutor(_Base):
             self._context = client.scatter(_Context(model, data, need or Need()), hash=False)
         self._contexts: dict[str, Future] = {}  # by worker
         self._summers = _Summers(client, f"{self._run}-summer")
+        self._pace: dict[str, float] = {}  # rows that a thread sums in a second, by the last pass of each name
         self._placement: Mapping[int, str] = {}
         self._threads: Mapping[str, int] = {}  # of each worker
-        self._pace: dict[str, float] = {}  # rows that a thread sums in a second, by the last pass of each name
-        self._placed_at = -PLACEMENT_SECONDS
+        self._placed_at = -math.inf
 
     def run(
         self, work: Pass[Sums], chunks: Iterable[int] | None = None, *, check: bool = False, label: str = ""
