@@ -142,8 +142,12 @@ def _check_certificate(address: str) -> None:
 
 def start_local(num_workers: int | None = None) -> tuple[Client, LocalCluster]:
     """Start single-threaded worker processes on this machine (default: one per core) and return a client of them."""
-    reuse = {f"distributed.nanny.pre-spawn-environ.MALLOC_{what}_THRESHOLD_": REUSED_BYTES for what in ("MMAP", "TRIM")}
-    with dask.config.set(reuse):
+    settings = {
+        **{f"distributed.nanny.pre-spawn-environ.MALLOC_{what}_THRESHOLD_": REUSED_BYTES for what in ("MMAP", "TRIM")},
+        # Dask looks at what every worker does a hundred times a second, and takes a tenth of its time for it.
+        "distributed.worker.profile.enabled": False,
+    }
+    with dask.config.set(settings):
         cluster = LocalCluster(
             n_workers=num_workers,
             threads_per_worker=1,

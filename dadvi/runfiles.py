@@ -28,7 +28,7 @@ import psutil
 from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import ATTRIBUTE, Posterior
 from dadvi.sharding.location import resolve
-from dadvi.sharding.output import check_free, check_replaceable, put_in_place
+from dadvi.sharding.output import check_free, check_replaceable, flush, flush_all, put_in_place
 
 POSTERIOR, TRACE, SETTINGS = "posterior.zarr", "trace.jsonl", "settings.json"
 CHECKPOINT, MODEL, LOCK = "checkpoint", "model.py", "lock"
@@ -159,7 +159,7 @@ class LocalFiles:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -182,13 +182,8 @@ class LocalFiles:
         final, partial = self.location / POSTERIOR, self.location / f".{POSTERIOR}{PARTIAL}"
         try:
             posterior.save(partial, overwrite=True)
-            for file in sorted(partial.rglob("*")):
-                _flush(file)
-            if final.exists():
-                put_in_place(partial, final)
-            else:
-                partial.rename(final)
-            _flush(self.location)
+            flush_all(partial)
+            put_in_place(partial, final)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._cannot_write(POSTERIOR, error) from error
@@ -210,15 +205,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locked(directory: Path) -> int:

@@ -112,7 +112,8 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
     Raises
     ------
     DataError
-        At once, when something stands at `path` that must not be replaced, or nothing can be written beside it.
+        At once, when something stands at `path` that must not be replaced, or nothing can be written beside it; and at
+        the end, when something came there meanwhile.
     """
     check_free(path, overwrite=overwrite, is_ours=is_ours)
     directory = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
@@ -126,12 +127,27 @@ def staged(path: Path, *, overwrite: bool = False, is_ours: Callable[[Path], boo
         ) from error
     try:
         yield directory
-        if overwrite and path.exists():
-            put_in_place(directory, path)
-        else:
-            directory.rename(path)
+        check_free(path, overwrite=overwrite, is_ours=is_ours)  # something may have come there meanwhile
+        if path.exists():  # which is then lost: a power cut must not find the new one half on the disk
+            flush_all(directory)
+        put_in_place(directory, path)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files a directory has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_all(directory: Path) -> None:
+    """Have the disk hold a directory with all that is in it."""
+    for path in [*directory.rglob("*"), directory]:
+        flush(path)
 
 
 def check_free(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
@@ -142,21 +158,23 @@ def check_free(path: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) 
 
 
 def put_in_place(directory: Path, path: Path) -> None:
-    """Have a directory take the place of the one at `path`, which is removed as far as it can be.
+    """Have a directory take the place of the one at `path`, if there is one, which is removed as far as it can be.
 
     Where directories can be exchanged, a process that is killed leaves one of them at `path`, whole. The other one may
     remain under a hidden name, which is harmless.
     """
-    if _exchanged(directory, path):
-        shutil.rmtree(directory, ignore_errors=True)
-        return
-    old = directory.with_name(f".old{directory.name}")
-    try:
-        path.rename(old)  # until the next line nothing is at `path`: an exchange has no such moment
+    old = directory
+    if not path.exists():
         directory.rename(path)
-    finally:
-        if not path.exists():
-            old.rename(path)
+    elif not _exchanged(directory, path):
+        old = directory.with_name(f".old{directory.name}")
+        try:
+            path.rename(old)  # until the next line nothing is at `path`: an exchange has no such moment
+            directory.rename(path)
+        finally:
+            if not path.exists():
+                old.rename(path)
+    flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

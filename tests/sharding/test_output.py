@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -114,4 +115,35 @@ def test_the_old_comes_back_when_the_new_cannot_take_its_place(tmp_path, monkeyp
     with pytest.raises(OSError, match="Input/output error"):
         write_shards(tmp_path / "out", NEW, overwrite=True)
     assert open_shards(tmp_path / "out").num_rows == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_new_is_on_the_disk_before_the_old_is_gone(tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+    write_shards(out, OLD)
+    exchanged, removed = output_module._exchanged, shutil.rmtree
+
+    def exchange(new, old):
+        assert {new, *new.rglob("*")} <= set(done)
+        done.append("exchanged")
+        return exchanged(new, old)
+
+    def remove(path, **options):
+        if "exchanged" in done:
+            assert done[-1] == tmp_path
+        removed(path, **options)
+
+    monkeypatch.setattr(output_module, "flush", done.append)
+    monkeypatch.setattr(output_module, "_exchanged", exchange)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    write_shards(out, NEW, overwrite=True)
+    assert done[-2:] == ["exchanged", tmp_path]
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="out exists; choose another output"), output_module.staged(out) as directory:
+        (directory / "new").touch()
+        write_shards(out, OLD)
+    assert open_shards(out).num_rows == 5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
