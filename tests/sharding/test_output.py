@@ -142,8 +142,10 @@ def test_the_new_is_on_the_disk_before_the_old_is_gone(tmp_path, monkeypatch):
 
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="out exists; choose another output"), output_module.staged(out) as directory:
-        (directory / "new").touch()
-        write_shards(out, OLD)
+    staging = output_module.staged(out)
+    (staging.__enter__() / "new").touch()
+    write_shards(out, OLD)
+    with pytest.raises(DataError, match="out exists; choose another output"):
+        staging.__exit__(None, None, None)
     assert open_shards(out).num_rows == 5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
