@@ -49,6 +49,7 @@ ORDER = [
     "runfiles",
     "checkpoint",
     "control",
+    "iterates",
     "advi",
     "starting",
     "anchored",

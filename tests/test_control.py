@@ -11,12 +11,12 @@ import torch
 from torch.distributions import Normal
 
 import dadvi
-from dadvi.advi import _Stretch
 from dadvi.binding import bind_to
 from dadvi.control import Anchor, Control, Mixing
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
 from dadvi.families import FullRank
+from dadvi.iterates import Stretch
 from dadvi.passes import Gradient
 from dadvi.sharding import sampling
 
@@ -256,7 +256,7 @@ def test_an_anchor_is_moved_where_noise_matters_and_the_average_is_nearer():
 
 
 def test_the_distance_of_a_stretch_is_the_rms_over_its_iterates():
-    rng, stretch = np.random.default_rng(0), _Stretch()
+    rng, stretch = np.random.default_rng(0), Stretch()
     iterates, weights = 3.0 + rng.standard_normal((30, 2 * 4)), rng.integers(1, 4, 30)
     for iterate, weight in zip(iterates, weights, strict=True):
         stretch = stretch.add(int(weight), -1.0, iterate)
