@@ -17,8 +17,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from command import (
+    BAD_INPUT,
+    CONVERGED,
+    DIVERGED,
     FIELDS,
+    INTERNAL,
     MODEL,
+    STOPPED,
     assert_interrupted,
     assert_same_bits,
     command,
@@ -40,8 +45,6 @@ from dadvi.elbo import Entropy
 from dadvi.errors import InputError, WorkError
 from dadvi.modelfile import ModelFile
 from dadvi.optim import AVERAGING, OPTIMIZERS, SCHEDULES
-
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 
 LINE = r" *\d+\.\d s  [\d.]+/\d+ passes  ELBO -\d+\.\d( \(one minibatch\))?  [\d,]+ rows/s  [\d:]+ left at most"
 

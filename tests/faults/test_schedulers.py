@@ -11,7 +11,7 @@ from pathlib import Path
 import interrupted
 import pytest
 from clusters import free_port, scheduler_process, worker
-from command import assert_same_bits, command, dadvi, environment, write_data
+from command import INTERNAL, STOPPED, assert_same_bits, command, dadvi, environment, write_run
 from distributed import Client
 
 from dadvi.binding import bind_to
@@ -19,18 +19,13 @@ from dadvi.errors import WorkError
 from dadvi.executors import DaskExecutor
 from dadvi.passes import Gradient
 
-INTERNAL, STOPPED = 1, 3
 SETTINGS = ["--method", "advi", "--batch-rows", "250", "--max-passes", "12", "--tol", "1e-9", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with data.zarr, model.py, and a serial run, which others are to equal."""
-    directory = tmp_path_factory.mktemp("schedulers")
-    data, model = write_data(directory)
-    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", "--quiet", *SETTINGS)
-    assert ran.code == STOPPED, ran.err
-    return directory
+    return write_run(tmp_path_factory.mktemp("schedulers"), *SETTINGS)
 
 
 @contextmanager
