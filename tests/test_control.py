@@ -37,16 +37,7 @@ def points_about(target, num_draws, away=0.0, seed=0):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return a target and its data in chunks of 50 rows, 1 000 rows unless told; a warm start sees eight chunks."""
-    cache = {}
-
-    def write(name, num_rows=1_000):
-        if (name, num_rows) not in cache:
-            target = targets.CONJUGATE[name](num_rows=num_rows)
-            path = tmp_path_factory.mktemp(name) / "d.zarr"
-            cache[name, num_rows] = target, dadvi.write_shards(path, target.fields, chunk_rows=50, shard_rows=200)
-        return cache[name, num_rows]
-
-    return write
+    return targets.writer(tmp_path_factory, 1_000, chunk_rows=50, shard_rows=200)
 
 
 def run(target, data, family="mean_field", *, client="serial", tol=0.1, max_passes=60, seed=0, **settings):
