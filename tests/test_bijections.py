@@ -23,7 +23,6 @@ from dadvi.transforms import biject_to
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-
 TRIANGLES = {
     type(constraints.corr_cholesky): -1,
     type(constraints.lower_cholesky): 0,
