@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from clusters import scheduler_process, worker
-from command import BAD_INPUT, STOPPED, assert_same_bits, command, dadvi, environment, listing, write_run
+from command import BAD_INPUT, STOPPED, assert_same_bits, dadvi, listening, listing, write_run
 
 from dadvi import clients, executors
 
@@ -59,14 +58,7 @@ def test_two_workers_give_the_bits_of_none_and_so_do_they_when_one_is_killed(wor
 
         killed = tmp_path / "killed"
         killed.mkdir()
-        with subprocess.Popen(
-            command(*fit_arguments(world, scheduler, *SETTINGS)),
-            cwd=killed,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as running:
+        with listening(*fit_arguments(world, scheduler, *SETTINGS), cwd=killed) as running:
             first = running.stderr.readline()
             assert "ELBO" in first, first  # the first of its steps is done
             one.kill()

@@ -11,7 +11,7 @@ from pathlib import Path
 import interrupted
 import pytest
 from clusters import free_port, scheduler_process, worker
-from command import INTERNAL, STOPPED, assert_same_bits, command, dadvi, environment, write_run
+from command import INTERNAL, STOPPED, assert_same_bits, dadvi, listening, write_run
 from distributed import Client
 
 from dadvi.binding import bind_to
@@ -32,14 +32,7 @@ def world(tmp_path_factory) -> Path:
 def fitting(world: Path, address: str, cwd: Path) -> Iterator[subprocess.Popen]:
     """Run a fit as a process, of which a step is done."""
     what = [f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--scheduler", address]
-    with subprocess.Popen(
-        command("fit", *what, *SETTINGS, "-v"),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as running:
+    with listening("fit", *what, *SETTINGS, "-v", cwd=cwd) as running:
         while "ELBO" not in (line := running.stderr.readline()):
             assert line, "the fit ended before its first step"
         yield running
