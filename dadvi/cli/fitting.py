@@ -108,7 +108,7 @@ def fit(
     if overwrite and resume:
         raise InputError("--overwrite and --resume exclude one another; give one of them")
     if resume and not dry_run and (begun := RunDirectory.begun_at(out)) is not None:
-        _go_on(begun, out, model, data, max_passes, conditions)
+        _go_on(begun, out, model, data, max_passes, conditions)  # and exit
     dataset = open_shards(data)
     file = ModelFile(model)
     loaded = file.load(dataset)

@@ -6,7 +6,7 @@ of the record.
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
@@ -226,21 +226,24 @@ class MethodOptions:
         """
         given = {name: value for name, value in vars(self).items() if value is not None and value is not False}
         name: MethodName = given.pop("method")
-        of_advi, of_anchored = ({each.name for each in fields(kind)} for kind in (ADVI, Anchored))
-        advi, anchored = (
-            [setting for setting in given if setting not in others] for others in (of_anchored, of_advi)
-        )  # alone
+        advi, anchored = _none_of(given, Anchored), _none_of(given, ADVI)
         reason = f"--method is {name}"
         if name is MethodName.AUTO:
             if not given:
                 return "auto"
             name = MethodName.ANCHORED if anchored else MethodName.ADVI
-            reason = f"--{next(iter(anchored), '')} is one of anchored rounds"
+            reason = f"--{anchored[0] if anchored else ''} is one of anchored rounds"
         others, whose = (advi, "stochastic ADVI") if name is MethodName.ANCHORED else (anchored, "anchored rounds")
         if others:
             option = others[0].replace("_", "-")
             raise InputError(f"--{option} is a setting of {whose} and {reason}; drop one of them")
         return Anchored(**given) if name is MethodName.ANCHORED else ADVI(**given)
+
+
+def _none_of(settings: Iterable[str], method: type[Method]) -> list[str]:
+    """Return those of some settings that a method does not have."""
+    known = {each.name for each in fields(method)}
+    return [setting for setting in settings if setting not in known]
 
 
 class FamilyName(StrEnum):
