@@ -12,7 +12,7 @@ learning rate is in posterior sds a step.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +26,7 @@ from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Family, Gaussian, MeanField, Params
 from dadvi.fingerprint import ADDRESS, fingerprint
+from dadvi.iterates import Iterates, Stretch
 from dadvi.nonfinite import first_nonfinite
 from dadvi.optim import (
     Averaging,
@@ -228,39 +229,6 @@ def _described(value: object) -> dict[str, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stretch:
-    """Running means over the steps of some whole epochs."""
-
-    weight: int = 0
-    elbo: float = 0.0
-    iterate: FloatArray | float = 0.0  # (2D,): v and log scale
-    square: FloatArray | float = 0.0  # (D,): v²
-    steps: int = 0
-    epochs: int = 0  # that have ended
-
-    def add(self, weight: int, elbo: float, iterate: FloatArray) -> "_Stretch":
-        """Return the means with one more step, of so many chunks."""
-        total = self.weight + weight
-        share = weight / total
-        with np.errstate(over="ignore", invalid="ignore"):  # where steps are about to diverge
-            square = self.square + (iterate[: len(iterate) // 2] ** 2 - self.square) * share
-        return replace(
-            self,
-            weight=total,
-            elbo=self.elbo + (elbo - self.elbo) * share,
-            iterate=self.iterate + (iterate - self.iterate) * share,
-            square=square,
-            steps=self.steps + 1,
-        )
-
-    def distance(self, location: FloatArray) -> float:
-        """Return the RMS distance of the locations v from a point (D,), in posterior sds."""
-        mean = np.asarray(self.iterate)[: len(location)]
-        with np.errstate(over="ignore", invalid="ignore"):
-            return float(np.sqrt(np.maximum(self.square - 2 * location * mean + location**2, 0).mean()))
-
-
-@dataclass(frozen=True, eq=False)
 class _State:
     """Where a search stands between two steps, but for θ and its optimiser, which torch moves in place."""
 
@@ -274,8 +242,8 @@ class _State:
     skipped: int = 0  # steps in a row without a finite gradient
     elbo: float = -math.inf  # of the last stretch
     best_elbo: float = -math.inf
-    stretch: _Stretch = _Stretch()  # the one under way
-    last: _Stretch = _Stretch()  # the one before
+    stretch: Stretch = field(default_factory=Stretch)  # the one under way
+    last: Stretch = field(default_factory=Stretch)  # the one before
     phase: Literal["steps", "judge", "move"] = "steps"  # what comes next
     history: tuple[FloatArray, ...] = ()  # mean iterate of every stretch (2D,)
     certified_at: int = 0  # stretches at the last certificate
@@ -296,7 +264,7 @@ class _Kept:
 
 
 KEPT = (
-    *(_Kept, _State, _Stretch, TraceRow, Whitening, Curvature, Arrowhead, Root, Structure),
+    *(_Kept, _State, Stretch, TraceRow, Whitening, Curvature, Arrowhead, Root, Structure),
     *(Gaussian, Control, Anchor, Mixing),
 )
 """The records that this is made of, besides those of the averaging rule."""
@@ -331,18 +299,17 @@ class _Search:
 
         dim = executor.model.model.dim
         zeros, ones = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
-        self.theta = family.init(zeros, ones, random_stream(seed, Purpose.FAMILY))
-        for parameter in self.theta.values():
+        theta = family.init(zeros, ones, random_stream(seed, Purpose.FAMILY))
+        for parameter in theta.values():
             parameter.requires_grad_()
-        self.optimizer = settings.make_optimizer(family, self.theta)
-        self.energy_only = takes_energy_gradient(self.optimizer)
         self.averaging = make_averaging(settings.averaging)
         last = journal.last()
-        kept = None if last is None else self._unpacked(last)
+        kept = None if last is None else self._unpacked(last, theta)
         self.planned = self.max_passes if kept is None else kept.planned
         self._refuse_longer_cosine()
-        steps = math.ceil(self.planned * self.steps_per_epoch)
-        self.schedule = make_schedule(settings.schedule, self.optimizer, steps)
+        optimizer = settings.make_optimizer(family, theta)
+        schedule = make_schedule(settings.schedule, optimizer, math.ceil(self.planned * self.steps_per_epoch))
+        self.iterates = Iterates(theta, optimizer, schedule)
         if kept is None:
             self._begin()
         else:
@@ -355,7 +322,7 @@ class _Search:
         """Whiten the coordinates at a warm start, and put the anchor there."""
         self.whitening, self.structure = self._warm_start()
         center = self.whitening.center
-        average = self.averaging.init(self.theta)
+        average = self.averaging.init(self.iterates.theta)
         q = self.whitening.member(self.averaging.value(average))
         anchor = self._anchor(center, torch.zeros_like(center)) if self.settings.control_variate == "anchor" else None
         self.state = _State(average, q, None if anchor is None else Control(anchor), self.executor.rows_read)
@@ -389,14 +356,12 @@ class _Search:
         """Write down where the search stands, unless it was stopped in the middle of a move."""
         if self._moving:
             return
-        theta = {name: parameter.detach() for name, parameter in self.theta.items()}
-        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
         state = replace(self.state, trace=())
-        kept = _Kept(state, self.whitening, self.structure, theta, optimizer, schedule, self.planned)
+        kept = _Kept(state, self.whitening, self.structure, *self.iterates.describe(), self.planned)
         self._journal.save(Checkpoint(pack(kept, self._known), self.state.trace, self._seconds))
 
-    def _unpacked(self, last: Checkpoint) -> _Kept:
-        classes = {*KEPT, *record_classes(self.averaging.init(self.theta))}
+    def _unpacked(self, last: Checkpoint, theta: Params) -> _Kept:
+        classes = {*KEPT, *record_classes(self.averaging.init(theta))}
         kept: _Kept = unpack(last.state, classes, self._known)
         return replace(kept, state=replace(kept.state, trace=last.trace))
 
@@ -405,11 +370,7 @@ class _Search:
         self.executor.rows_read = kept.state.rows_read
         if kept.state.trace:
             self.executor.profile = kept.state.trace[-1].profile
-        self.optimizer.load_state_dict(kept.optimizer)
-        self.schedule.load_state_dict(kept.schedule)
-        with torch.no_grad():
-            for name, parameter in self.theta.items():
-                parameter.copy_(kept.theta[name])
+        self.iterates.restore(kept.theta, kept.optimizer, kept.schedule)
 
     def _refuse_longer_cosine(self) -> None:
         if self.settings.schedule == "cosine" and self.max_passes > self.planned:
@@ -470,7 +431,7 @@ class _Search:
                 q=self.whitening.member(self.averaging.value(average)),
                 history=(*state.history, np.asarray(stretch.iterate)),
                 last=stretch,
-                stretch=_Stretch(),
+                stretch=Stretch(),
                 phase="judge",
             )
         self.state = state
@@ -484,7 +445,7 @@ class _Search:
             control=control,
             rows_read=self.executor.rows_read,
         )
-        grad = est.energy_grad if self.energy_only else est.grad
+        grad = est.energy_grad if self.iterates.energy_only else est.grad
         if not (math.isfinite(est.elbo) and all(bool(g.isfinite().all()) for g in grad.values())):
             self.state = state = replace(state, skipped=state.skipped + 1)
             if state.skipped >= MAX_SKIPPED:
@@ -493,30 +454,21 @@ class _Search:
             return
         best = est.elbo - ALLOWED_FALL * self.executor.data.num_rows if state.step == 1 else state.best_elbo
         self._moving = True  # from here on θ and the state are not of the same step
-        for name, parameter in self.theta.items():
-            parameter.grad = -grad[name]  # torch minimises
-        self.optimizer.step()
-        self.schedule.step()
-        if not self._is_gaussian():
+        self.iterates.step(grad)
+        if not self.iterates.is_gaussian:
             self.trouble = (
                 f"step {state.step} left a scale or mean that is not finite or not positive; lower the learning rate"
             )
             return
-        iterate = torch.cat([self.theta["loc"], self.theta["log_scale"]]).detach().numpy()
         self.state = replace(
             state,
             skipped=0,
             best_elbo=best,
-            average=self.averaging.update(state.average, self.theta),
-            stretch=state.stretch.add(len(chunks), est.elbo, iterate),
+            average=self.averaging.update(state.average, self.iterates.theta),
+            stretch=state.stretch.add(len(chunks), est.elbo, self.iterates.vector),
         )
         self._moving = False
         self._report(self._row("step", est.elbo))
-
-    def _is_gaussian(self) -> bool:
-        """Whether θ is still a Gaussian's."""
-        scale = self.theta["log_scale"].exp()
-        return bool((scale > 0).all() and all(p.isfinite().all() for p in (scale, *self.theta.values())))
 
     def _estimate(self, chunks: IntArray) -> tuple[Estimate, Control | None]:
         """Return the ELBO of θ and its gradient, from one minibatch, and the control variate that has seen it."""
@@ -539,7 +491,7 @@ class _Search:
                 control = control.observe(sums, factor, self.whitening.curvature.root_transpose_times)
             return log_joint(self.executor.model.model, eta, log_lik, grad)
 
-        return self.whitening.estimate(self.theta, noise, scaled_log_joint, settings.estimator), control
+        return self.whitening.estimate(self.iterates.theta, noise, scaled_log_joint, settings.estimator), control
 
     # Between stretches -----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from distributed import Client, Future, KilledWorker
 
-from dadvi import sharding
 from dadvi.clients import (
     SCHEDULER_LOST,
     WAIT_SECONDS,
@@ -27,7 +26,9 @@ from dadvi.errors import DataError, InputError, WorkError
 from dadvi.executors import IN_PROCESS_BYTES, as_it_is
 from dadvi.memory import keep_freed_memory
 from dadvi.sharding.fieldspec import FieldSpecs
-from dadvi.sharding.ingest import Here, Missing, Tasks
+from dadvi.sharding.ingest import Here, Missing, Request, Tasks
+from dadvi.sharding.ingest import ingest as ingest_table
+from dadvi.sharding.layout import Layout
 from dadvi.sharding.location import Location, Options, is_shareable, protocols, resolve
 from dadvi.sharding.reader import ShardedDataset
 from dadvi.sharding.shuffle import MEMORY_BYTES
@@ -108,28 +109,15 @@ def ingest(
     ClusterError
         When the cluster cannot be used.
     """
+    layout = Layout(chunk_rows, shard_rows, chunk_bytes, shard_bytes)
+    request = Request(fields, shuffle, missing, layout, compression, memory_bytes)
     table = open_table(sources)
     shareable = is_shareable(resolve(out, storage_options)) and not _in_memory(table)
     small = table.num_bytes <= IN_PROCESS_BYTES or not shareable
     found, owned = find_workers(client, num_workers, small=small)
     try:
         tasks: Tasks = Here() if found is None else Workers(found, shareable=shareable)
-        return sharding.ingest(
-            table,
-            out,
-            fields,
-            tasks=tasks,
-            shuffle=shuffle,
-            missing=missing,
-            chunk_rows=chunk_rows,
-            shard_rows=shard_rows,
-            chunk_bytes=chunk_bytes,
-            shard_bytes=shard_bytes,
-            compression=compression,
-            memory_bytes=memory_bytes,
-            overwrite=overwrite,
-            storage_options=storage_options,
-        )
+        return ingest_table(table, out, request, tasks, overwrite=overwrite, storage_options=storage_options)
     finally:
         for resource in owned:
             resource.close()

@@ -19,16 +19,13 @@ from dadvi.executors import Executor
 from dadvi.families import Arrow, FullRank, Gaussian
 from dadvi.model import Model, argument_names
 from dadvi.passes import MeanFieldHessian, expected_hessian
-from dadvi.quadratic import Curvature, prior_draws
+from dadvi.quadratic import DENSE_LIMIT, Curvature, prior_draws
 from dadvi.quadrature import Rule, gauss_hermite, stratified
 from dadvi.structure import Arrowhead, Structure
 from dadvi.types import FloatArray, Purpose, random_stream
 
 PAIRS = 4
 """Pairs of draws at which the likelihood's derivatives are taken."""
-
-DENSE_LIMIT = 1_000
-"""Up to this many coordinates Cov_LR is computed in full; beyond, dense coordinates' sds are held as they are."""
 
 
 def from_curvature(loc: Tensor, curvature: Curvature) -> Gaussian:
@@ -73,12 +70,12 @@ class Response:
         Parameters
         ----------
         structure
-            Of the Hessian of log π. Up to `DENSE_LIMIT` coordinates it is not needed, and nothing is neglected; beyond,
-            the sds of dense coordinates are held, which leaves an arrowhead.
+            Of the Hessian of log π. Where θ has up to `DENSE_LIMIT` coordinates, two for each of the model's, it is not
+            needed, and nothing is neglected; beyond, the sds of dense coordinates are held, which leaves an arrowhead.
 
         """
         dim = self.q.dim
-        if dim <= DENSE_LIMIT:
+        if 2 * dim <= DENSE_LIMIT:
             precision = self.times(np.eye(2 * dim))
             root = Curvature.dense(precision).root
             covariance = (root @ root.T)[:dim, :dim]

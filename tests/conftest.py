@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import torch
 from clusters import local_client
 from distributed import Client
 from objects import Gate, Server, object_store, reached
@@ -20,6 +21,15 @@ def write(tmp_path) -> Callable[..., ShardedDataset]:
         return write_shards(tmp_path / name, fields, **options)
 
     return write_fields
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Tensors of a test are float64 unless told."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,17 @@ under a Gaussian is known in closed form, and so is its maximum. `tests/test_tar
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from scipy import special, stats
 from torch.distributions import Gamma, InverseGamma, Normal, Poisson
 
 import dadvi
+from dadvi.sharding import ShardedDataset
 from dadvi.stopwatch import Profile
 
 TIMES = {"seconds", *(each.name for each in fields(Profile))}
@@ -209,3 +212,20 @@ CONJUGATE: Mapping[str, Callable[..., Target]] = {
     make.__name__: make for make in (normal_normal, inverse_gamma_normal, linear_regression, poisson_gamma)
 }
 """Every target by name; each takes num_rows and seed."""
+
+
+def writer(
+    factory: pytest.TempPathFactory, num_rows: int, **sizes: int
+) -> Callable[..., tuple[Target, ShardedDataset]]:
+    """Return a function that gives a conjugate target by its name, and its data on disk, written once.
+
+    It has that many rows, in chunks and shards of these sizes, unless told otherwise: write(name, 500, chunk_rows=50).
+    """
+
+    @cache
+    def write(name: str, num_rows: int = num_rows, **changes: int) -> tuple[Target, ShardedDataset]:
+        target = CONJUGATE[name](num_rows=num_rows)
+        path = factory.mktemp(name) / "d.zarr"
+        return target, dadvi.write_shards(path, target.fields, **{**sizes, **changes})
+
+    return write

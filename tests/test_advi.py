@@ -26,18 +26,7 @@ ROWS, CHUNK_ROWS = 1_000, 50
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return a target of 1 000 rows and its data in 20 chunks; a warm start sees four of them."""
-    cache = {}
-
-    def write(name, **options):
-        key = name, *options.items()
-        if key not in cache:
-            target = targets.CONJUGATE[name](num_rows=options.pop("num_rows", ROWS))
-            path = tmp_path_factory.mktemp(name) / "d.zarr"
-            options = {"chunk_rows": CHUNK_ROWS, "shard_rows": 4 * CHUNK_ROWS, **options}
-            cache[key] = target, dadvi.write_shards(path, target.fields, **options)
-        return cache[key]
-
-    return write
+    return targets.writer(tmp_path_factory, ROWS, chunk_rows=CHUNK_ROWS, shard_rows=4 * CHUNK_ROWS)
 
 
 def run(target, data, family="mean_field", *, tol=0.1, max_passes=60, seed=0, callbacks=(), **settings):

@@ -17,8 +17,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from command import (
+    BAD_INPUT,
+    CONVERGED,
+    DIVERGED,
     FIELDS,
+    INTERNAL,
     MODEL,
+    STOPPED,
     assert_interrupted,
     assert_same_bits,
     command,
@@ -33,13 +38,13 @@ from command import (
 )
 
 import dadvi as package
-from dadvi import cli
+from dadvi.cli import fitting
+from dadvi.cli.telling import summary_json
 from dadvi.control import ControlVariate
 from dadvi.elbo import Entropy
 from dadvi.errors import InputError, WorkError
+from dadvi.modelfile import ModelFile
 from dadvi.optim import AVERAGING, OPTIMIZERS, SCHEDULES
-
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 
 LINE = r" *\d+\.\d s  [\d.]+/\d+ passes  ELBO -\d+\.\d( \(one minibatch\))?  [\d,]+ rows/s  [\d:]+ left at most"
 
@@ -248,7 +253,7 @@ def test_what_is_not_finite_is_null_in_json(world):
     posterior = package.load_posterior(world / "run" / "posterior.zarr")
     object.__setattr__(posterior, "elbo", -float("inf"))
     object.__setattr__(posterior, "certificate", None)
-    told = json.loads(cli.summary_json(posterior), parse_constant=pytest.fail)
+    told = json.loads(summary_json(posterior), parse_constant=pytest.fail)
     assert told["elbo"] is None
     assert told["certificate"] is None
 
@@ -334,7 +339,7 @@ def test_settings_reach_the_fit(world, tmp_path, options):
 
 def test_every_setting_of_a_method_and_of_a_family_has_an_option():
     settings = {each.name for kind in (package.ADVI, package.Anchored, package.LowRank) for each in fields(kind)}
-    assert settings <= set(inspect.signature(cli.fit).parameters)
+    assert settings <= set(inspect.signature(fitting.fit).parameters)
 
 
 # Model files ----------------------------------------------------------------------------------------------------------
@@ -347,7 +352,7 @@ def test_a_function_of_the_data_is_as_good_as_the_model(world, tmp_path):
 
 
 def test_a_model_file_leaves_nothing_importable(world):
-    cli.load_model(f"{world / 'model.py'}:model", package.open_shards(world / "data.zarr"))
+    ModelFile(f"{world / 'model.py'}:model").load(package.open_shards(world / "data.zarr"))
     assert not [name for name in sys.modules if "dadvi_model" in name]
 
 
@@ -482,7 +487,7 @@ def test_what_failed_elsewhere_is_code_1_and_one_line(world, tmp_path, monkeypat
     def fail(*_arguments, **_settings):
         raise WorkError("pass 'gradient' failed on shard 3, chunk 7")
 
-    monkeypatch.setattr(cli, "run_fit", fail)
+    monkeypatch.setattr(fitting, "run_fit", fail)
     ran = fit(world, tmp_path / "run")
     assert (ran.code, ran.out, ran.err) == (INTERNAL, "", "error: pass 'gradient' failed on shard 3, chunk 7\n")
 
@@ -491,7 +496,7 @@ def test_a_full_disk_is_code_1_and_one_line(world, tmp_path, monkeypatch):
     def fail(*_arguments, **_settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run")
 
-    monkeypatch.setattr(cli, "run_fit", fail)
+    monkeypatch.setattr(fitting, "run_fit", fail)
     ran = fit(world, tmp_path / "run")
     assert (ran.code, ran.err) == (INTERNAL, "error: [Errno 28] No space left on device: 'run'\n")
 
@@ -501,7 +506,7 @@ def test_a_warning_is_one_line_without_the_place_it_came_from(world, tmp_path, m
         warnings.warn("rows stand in\n order", UserWarning, stacklevel=2)
         raise InputError("then this")
 
-    monkeypatch.setattr(cli, "run_fit", warn)
+    monkeypatch.setattr(fitting, "run_fit", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         ran = fit(world, tmp_path / "run")

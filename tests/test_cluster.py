@@ -3,32 +3,24 @@
 import os
 import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
-import zarr
 from clusters import scheduler_process, worker
-from command import command, dadvi, environment, listing, write_data
+from command import BAD_INPUT, STOPPED, assert_same_bits, dadvi, listening, listing, write_run
 
 from dadvi import clients, executors
 
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 SETTINGS = ["--method", "advi", "--max-passes", "12", "--tol", "1e-6", "--seed", "3"]  # stops, after some 120 steps
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with data.zarr, model.py, and serial, the run that every other is to equal."""
-    directory = tmp_path_factory.mktemp("cluster")
-    data, model = write_data(directory)
-    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", "--quiet", *SETTINGS)
-    assert ran.code == STOPPED, ran.err
-    return directory
+    return write_run(tmp_path_factory.mktemp("cluster"), *SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +43,6 @@ def fit_arguments(world: Path, address: str, *options: object) -> list[str]:
     ]
 
 
-def arrays(run: Path) -> dict[str, np.ndarray]:
-    return {name: array[...] for name, array in zarr.open_group(run / "posterior.zarr", mode="r").arrays()}
-
-
-def assert_same_bits(run: Path, reference: Path) -> None:
-    found, expected = arrays(run), arrays(reference)
-    assert found.keys() == expected.keys() >= {"loc", "log_scale"}
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert name.startswith("curvature.") or value.dtype == np.float64  # a curvature has indices besides
-        assert found[name].tobytes() == value.tobytes(), name
-
-
 def test_two_workers_give_the_bits_of_none_and_so_do_they_when_one_is_killed(world, scheduler, tmp_path, monkeypatch):
     """The model's file lies where no worker looks; it reaches them by value."""
     with worker(scheduler, tmp_path / "one") as one, worker(scheduler, tmp_path / "two"):
@@ -79,14 +58,7 @@ def test_two_workers_give_the_bits_of_none_and_so_do_they_when_one_is_killed(wor
 
         killed = tmp_path / "killed"
         killed.mkdir()
-        with subprocess.Popen(
-            command(*fit_arguments(world, scheduler, *SETTINGS)),
-            cwd=killed,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as running:
+        with listening(*fit_arguments(world, scheduler, *SETTINGS), cwd=killed) as running:
             first = running.stderr.readline()
             assert "ELBO" in first, first  # the first of its steps is done
             one.kill()

@@ -11,12 +11,12 @@ import torch
 from torch.distributions import Normal
 
 import dadvi
-from dadvi.advi import _Stretch
 from dadvi.binding import bind_to
 from dadvi.control import Anchor, Control, Mixing
 from dadvi.errors import InputError
 from dadvi.executors import SerialExecutor
 from dadvi.families import FullRank
+from dadvi.iterates import Stretch
 from dadvi.passes import Gradient
 from dadvi.sharding import sampling
 
@@ -37,16 +37,7 @@ def points_about(target, num_draws, away=0.0, seed=0):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return a target and its data in chunks of 50 rows, 1 000 rows unless told; a warm start sees eight chunks."""
-    cache = {}
-
-    def write(name, num_rows=1_000):
-        if (name, num_rows) not in cache:
-            target = targets.CONJUGATE[name](num_rows=num_rows)
-            path = tmp_path_factory.mktemp(name) / "d.zarr"
-            cache[name, num_rows] = target, dadvi.write_shards(path, target.fields, chunk_rows=50, shard_rows=200)
-        return cache[name, num_rows]
-
-    return write
+    return targets.writer(tmp_path_factory, 1_000, chunk_rows=50, shard_rows=200)
 
 
 def run(target, data, family="mean_field", *, client="serial", tol=0.1, max_passes=60, seed=0, **settings):
@@ -256,7 +247,7 @@ def test_an_anchor_is_moved_where_noise_matters_and_the_average_is_nearer():
 
 
 def test_the_distance_of_a_stretch_is_the_rms_over_its_iterates():
-    rng, stretch = np.random.default_rng(0), _Stretch()
+    rng, stretch = np.random.default_rng(0), Stretch()
     iterates, weights = 3.0 + rng.standard_normal((30, 2 * 4)), rng.integers(1, 4, 30)
     for iterate, weight in zip(iterates, weights, strict=True):
         stretch = stretch.add(int(weight), -1.0, iterate)

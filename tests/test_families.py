@@ -88,33 +88,30 @@ def test_rsample_is_a_function_of_the_generator(family):
     assert not torch.equal(first, other)
 
 
-def test_pullback_mean_field():
-    family = MeanField()
+def pulled_back(family):
+    """Return parameters, noise, gradients at the draws (6, D), and their pull-back, of which the mean's is checked."""
     params, noise = params_of(family), noise_of(family)
     grad = torch.from_numpy(np.random.default_rng(4).standard_normal((6, D)))
     pulled = family.pullback(params, noise, grad)
     np.testing.assert_allclose(pulled["loc"], grad.numpy().sum(0), rtol=1e-13)
+    return params, noise, grad, pulled
+
+
+def test_pullback_mean_field():
+    params, noise, grad, pulled = pulled_back(MeanField())
     sigma = np.exp(params["log_scale"].numpy())
     np.testing.assert_allclose(pulled["log_scale"], (grad.numpy() * sigma * noise.numpy()).sum(0), rtol=1e-12)
 
 
 def test_pullback_full_rank():
-    family = FullRank()
-    params, noise = params_of(family), noise_of(family)
-    grad = torch.from_numpy(np.random.default_rng(4).standard_normal((6, D)))
-    pulled = family.pullback(params, noise, grad)
-    np.testing.assert_allclose(pulled["loc"], grad.numpy().sum(0), rtol=1e-13)
+    params, noise, grad, pulled = pulled_back(FullRank())
     tril = np.tril(grad.numpy().T @ noise.numpy())  # ∇_L = tril(Σ g εᵀ)
     np.testing.assert_allclose(pulled["lower"], np.tril(tril, -1), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(pulled["log_scale"], np.diag(tril) * np.exp(params["log_scale"].numpy()), rtol=1e-12)
 
 
 def test_pullback_low_rank():
-    family = LowRank(rank=2)
-    params, noise = params_of(family), noise_of(family)
-    grad = torch.from_numpy(np.random.default_rng(4).standard_normal((6, D)))
-    pulled = family.pullback(params, noise, grad)
-    np.testing.assert_allclose(pulled["loc"], grad.numpy().sum(0), rtol=1e-13)
+    params, noise, grad, pulled = pulled_back(LowRank(rank=2))
     sigma = np.exp(params["log_scale"].numpy())
     np.testing.assert_allclose(pulled["log_scale"], (grad.numpy() * sigma * noise.numpy()[:, :D]).sum(0), rtol=1e-12)
     np.testing.assert_allclose(pulled["factor"], grad.numpy().T @ noise.numpy()[:, D:], rtol=1e-12)

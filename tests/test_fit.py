@@ -22,17 +22,7 @@ ROWS, CHUNK_ROWS = 2_000, 100
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Return a target and its data on disk: 2 000 rows in 20 chunks, each chunk a minibatch."""
-    cache = {}
-
-    def write(name):
-        if name not in cache:
-            target = targets.CONJUGATE[name](num_rows=ROWS)
-            path = tmp_path_factory.mktemp(name) / "d.zarr"
-            data = dadvi.write_shards(path, target.fields, chunk_rows=CHUNK_ROWS, shard_rows=5 * CHUNK_ROWS)
-            cache[name] = target, data
-        return cache[name]
-
-    return write
+    return targets.writer(tmp_path_factory, ROWS, chunk_rows=CHUNK_ROWS, shard_rows=5 * CHUNK_ROWS)
 
 
 def settings(**changes):

@@ -14,8 +14,12 @@ import pytest
 import torch
 from clusters import ending
 from command import (
+    BAD_INPUT,
+    CONVERGED,
+    DIVERGED,
     FIELDS,
     SLOW_MODEL,
+    STOPPED,
     assert_same_bits,
     dadvi,
     dadvi_process,
@@ -32,8 +36,6 @@ from dadvi.families import MeanField
 from dadvi.passes import Gradient
 from dadvi.plan import PROCESS_BYTES, make_plan
 from dadvi.starting import TAYLOR_DRAWS
-
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 
 JOB = """\
 # every kind of value

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import interrupted
 import pytest
-from command import dadvi, dadvi_process, environment, write_data
+from command import BAD_INPUT, STOPPED, dadvi, dadvi_process, environment, write_data
 from interrupted import CASES, after_passes, told
 from objects import BUCKET, KEY, SECRET, Gate, objects, reached, system
 
@@ -21,7 +21,6 @@ from dadvi.errors import DataError, InputError, WorkError
 from dadvi.runfiles import is_run
 from dadvi.sharding import write_shards
 
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED = range(4)
 RUN = f"{BUCKET}/run"
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--seed", "2", "--serial"]
 

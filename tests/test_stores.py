@@ -14,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from command import MODEL, assert_same_bits, dadvi, dadvi_process, ingest_options, write_table
+from command import (
+    BAD_INPUT,
+    INTERNAL,
+    MODEL,
+    STOPPED,
+    assert_same_bits,
+    dadvi,
+    dadvi_process,
+    ingest_options,
+    write_table,
+)
 from objects import BUCKET, KEY, SECRET, Gate, objects, reached, system
 from torch.distributions import Normal
 from zarr.storage import MemoryStore, ZipStore
@@ -22,7 +32,6 @@ from zarr.storage import MemoryStore, ZipStore
 import dadvi as package
 from dadvi.errors import DataError, WorkError
 
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--seed", "2", "--quiet"]
 
 

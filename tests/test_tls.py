@@ -14,13 +14,12 @@ import pytest
 import torch
 import yaml
 from clusters import scheduler_process, worker
-from command import dadvi, dadvi_process, listing, write_data
+from command import BAD_INPUT, STOPPED, dadvi, dadvi_process, listing, write_run
 
 import dadvi as package
 from dadvi import clients
 from dadvi.errors import ClusterError
 
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED, DIVERGED = range(5)
 RECIPE = Path(__file__).parents[1] / "cluster" / "tls"
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--quiet"]
 
@@ -37,11 +36,7 @@ def write_settings(directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with data.zarr, model.py, and serial, the run that every other is to equal."""
-    directory = tmp_path_factory.mktemp("tls")
-    data, model = write_data(directory)
-    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", *SETTINGS)
-    assert ran.code == STOPPED, ran.err
-    return directory
+    return write_run(tmp_path_factory.mktemp("tls"), *SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,7 @@ from dadvi.sharding.location import Location, Options
 from dadvi.sharding.output import output
 from dadvi.sharding.reader import ShardedDataset, open_shards
 from dadvi.sharding.runs import Room, RunReader, RunWriter, Stretch, stretches
-from dadvi.sharding.shuffle import MEMORY_BYTES
-from dadvi.sharding.tables import Sources, Table, Unit, open_table
+from dadvi.sharding.tables import Table, Unit
 from dadvi.sharding.writer import Draft, check_names, write_rows
 from dadvi.types import IntArray, whole_number
 
@@ -63,48 +62,64 @@ class Here:
         return map(task, items)
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of the data set that a table becomes.
+
+    Raises
+    ------
+    InputError
+        When a setting is out of its range.
+    """
+
+    fields: FieldSpecs | None
+    """None for every column."""
+    shuffle: int | None
+    """Seed of the global shuffle; None keeps the order."""
+    missing: Missing
+    """What to do with rows that have missing values."""
+    layout: Layout
+    compression: str | None
+    memory_bytes: int
+    """For each task."""
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("refuse", "drop"):
+            raise DataError(f"missing={self.missing!r} is not known; use 'refuse' or 'drop'")
+        if self.shuffle is not None:
+            object.__setattr__(self, "shuffle", whole_number("shuffle", self.shuffle))
+
+
 def ingest(
-    sources: Sources | Table,
-    out: Location,
-    fields: FieldSpecs | None = None,
-    *,
-    tasks: Tasks | None = None,
-    shuffle: int | None = 0,
-    missing: Missing = "refuse",
-    chunk_rows: int | None = None,
-    shard_rows: int | None = None,
-    chunk_bytes: int | None = None,
-    shard_bytes: int | None = None,
-    compression: str | None = None,
-    memory_bytes: int = MEMORY_BYTES,
-    overwrite: bool = False,
-    storage_options: Options = None,
+    table: Table, out: Location, request: Request, tasks: Tasks, *, overwrite: bool, storage_options: Options
 ) -> ShardedDataset:
-    """Write a table as a data set, and open it: `dadvi.ingest`, with the tasks done by `tasks`, or by this process."""
-    if missing not in ("refuse", "drop"):
-        raise DataError(f"missing={missing!r} is not known; use 'refuse' or 'drop'")
-    shuffle = None if shuffle is None else whole_number("shuffle", shuffle)
-    layout = Layout(chunk_rows, shard_rows, chunk_bytes, shard_bytes)
+    """Write a table as a data set, and open it: `dadvi.ingest`, once it is decided who does the tasks."""
     with output(out, overwrite=overwrite, options=storage_options) as target:
-        table = sources if isinstance(sources, Table) else open_table(sources)
-        specs, types = _plan(table, fields)
+        specs, types = _plan(table, request.fields)
         with _scratch(target.scratch) as scratch:
-            tasks = tasks or Here()
             tasks.reach(table, scratch)
-            plan = _Plan(tuple(specs), types, shuffle, missing == "drop", scratch, memory_bytes)
+            drop = request.missing == "drop"
+            plan = _Plan(tuple(specs), types, request.shuffle, drop, scratch, request.memory_bytes)
             seen = _read(tasks, plan, table)
             seen.tally.check(seen.num_rows)
             finished = {name: each.finish() for name, each in seen.encoders.items()}
             made = {
                 "format": table.format,
                 "sources": [each.path for each in table.files],
-                "shuffle": shuffle,
-                "missing": missing,
+                "shuffle": request.shuffle,
+                "missing": request.missing,
                 "rows_read": seen.tally.rows,
                 "rows_dropped": seen.tally.rows - seen.num_rows,
             }
             described = [each for each, _ in finished.values()]
-            draft = Draft(target, described, seen.num_rows, layout=layout, compression=compression, made=made)
+            draft = Draft(
+                target,
+                described,
+                seen.num_rows,
+                layout=request.layout,
+                compression=request.compression,
+                made=made,
+            )
             transforms = {name: transform for name, (_, transform) in finished.items()}
             write = partial(_write_shard, plan, draft.arrays, transforms)
             draft.finish(list(tasks.map(write, stretches(seen.counts, draft.manifest.shard_rows))))

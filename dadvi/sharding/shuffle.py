@@ -4,6 +4,9 @@ The shuffle gives row i the i-th 64-bit number u_i of one random stream; the per
 therefore depends on the seed and on the order of arrival only, not on how rows come in blocks, nor on the memory at
 hand.
 
+It is for rows that come in one stream, as those of arrays do, and what fits in memory stays there. Tasks that read a
+table side by side cannot draw from one stream: they have a shuffle of their own, through files (`dadvi.sharding.runs`).
+
 Out of core this is one distribution sort (Knuth, TAOCP vol. 3, 5.2.5): rows go to 256 buckets by the first byte of
 their key; each bucket is then sorted by itself, after being distributed again by the next byte if it is too large for
 memory.

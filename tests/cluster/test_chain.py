@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SLOW_MODEL, dadvi, environment, write_data
+from command import SLOW_MODEL, STOPPED, dadvi, environment, write_data
 from objects import BUCKET
 
 from dadvi import load_posterior
 from dadvi.runfiles import CHECKPOINT, POSTERIOR, below, files_at
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "chain.sbatch"
-STOPPED = 3
 STAND_INS = {"with_cluster.sh": 'exec "$@"', "scontrol": 'echo "$@" >>queued'}
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from clusters import daemon, free_port
-from command import SLOW_MODEL, assert_same_bits, dadvi, environment, write_data
+from command import SLOW_MODEL, STOPPED, assert_same_bits, dadvi, environment, write_run
 
 RECIPES = Path(__file__).parents[2] / "cluster" / "slurm"
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
@@ -105,11 +105,7 @@ def wait_for(ready: Callable[[], bool], seconds: float, what: str) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with data.zarr, model.py, and serial, the run that every other is to equal."""
-    directory = tmp_path_factory.mktemp("jobs")
-    data, model = write_data(directory)
-    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", *SETTINGS)
-    assert ran.code == 3, ran.err
-    return directory
+    return write_run(tmp_path_factory.mktemp("jobs"), *SETTINGS)
 
 
 def variables_of(slurm: dict[str, str]) -> dict[str, str]:
@@ -266,5 +262,5 @@ def test_a_chain_of_jobs_outlives_its_walltime_with_the_bits_of_one_serial_fit(s
     assert job.restarts >= 1, job.log
     assert "interrupted; go on with: dadvi resume" in job.log
     ran = dadvi("fit", *options, "--out", tmp_path / "whole", "--serial")
-    assert ran.code == 3, ran.err
+    assert ran.code == STOPPED, ran.err
     assert_same_bits(tmp_path / "run", tmp_path / "whole")

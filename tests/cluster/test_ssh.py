@@ -17,11 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 from clusters import daemon, free_port
-from command import Ran, assert_same_bits, dadvi, environment, write_data
+from command import BAD_INPUT, INTERNAL, STOPPED, Ran, assert_same_bits, environment, write_run
 
 RECIPE = Path(__file__).parents[2] / "cluster" / "ssh" / "fit.py"
 SETTINGS = ["--method", "advi", "--max-passes", "6", "--tol", "1e-6", "--quiet"]
-INTERNAL, BAD_INPUT, STOPPED = 1, 2, 3
 SECONDS = 120.0
 SSHD = shutil.which("sshd")  # wants to be called by its whole path
 
@@ -68,11 +67,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with data.zarr, model.py, and serial, the run that every other is to equal."""
-    directory = tmp_path_factory.mktemp("ssh")
-    data, model = write_data(directory)
-    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", *SETTINGS)
-    assert ran.code == STOPPED, ran.err
-    return directory
+    return write_run(tmp_path_factory.mktemp("ssh"), *SETTINGS)
 
 
 def run_recipe(home: Path, directory: Path, *fit: object) -> Ran:

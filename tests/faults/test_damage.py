@@ -35,16 +35,11 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def flip(path, rng):
-    """Flip a bit of a random byte of a file, in place."""
-    path.write_bytes(flipped(path.read_bytes(), rng))
-
-
 # Data sets, wherever they lie -----------------------------------------------------------------------------------------
 
 
 class Files:
-    """A data set as the files of a directory."""
+    """A data set, or a posterior, as the files of a directory."""
 
     def __init__(self, location: Path | str) -> None:
         self.location = location
@@ -61,6 +56,15 @@ class Files:
     @contextmanager
     def opened(self) -> Iterator[ShardedDataset]:
         yield open_shards(self.location)
+
+    def flipped_in_turn(self, names: list[str], flips: int, rng: random.Random) -> Iterator[str]:
+        """Yield random ones of some names, each while a bit of what it names is flipped."""
+        for _ in range(flips):
+            name = rng.choice(names)
+            before = self.read(name)
+            self.write(name, flipped(before, rng))
+            yield name
+            self.write(name, before)
 
 
 class Objects(Files):
@@ -172,14 +176,10 @@ def test_no_flipped_byte_of_the_data_is_read(keep, where, compression, flips):
     assert len(shards) == 6
     with data.opened() as whole:
         values = values_of(whole)
-        for _ in range(flips):
-            shard = rng.choice(shards)
-            before = data.read(shard)
-            data.write(shard, flipped(before, rng))
+        for shard in data.flipped_in_turn(shards, flips, rng):
             field = shard.partition("/")[0]
             with data.opened() as opened, pytest.raises(DataError, match=rf"field '{field}', shard \d, chunk \d"):
                 values_of(opened, field)
-            data.write(shard, before)
         with data.opened() as opened:
             assert_equal_data(opened, whole, values)
 
@@ -195,16 +195,12 @@ def test_no_flipped_byte_of_what_tells_of_the_data_makes_other_data_of_them(keep
     refused = 0
     with data.opened() as whole:
         values = values_of(whole)
-        for _ in range(flips):
-            name = rng.choice(told)
-            before = data.read(name)
-            data.write(name, flipped(before, rng))
+        for _ in data.flipped_in_turn(told, flips, rng):
             try:
                 with data.opened() as opened:
                     assert_equal_data(opened, whole, values)
             except (DataError, WorkError):  # the latter where a flip names another compression, which has an OSError
                 refused += 1
-            data.write(name, before)
     assert refused > flips // 2
 
 
@@ -237,23 +233,19 @@ def test_no_flipped_byte_of_a_posterior_makes_another_of_it(data, tmp_path):
     fitted = dadvi.fit(interrupted.model("hierarchy"), data, client="serial", **CASES["hierarchy"])
     location, rng = tmp_path / "posterior.zarr", random.Random(2)
     fitted.save(location)
-    files = sorted(path for path in location.rglob("*") if path.is_file())
-    assert len(files) > 10
+    files = Files(location)
+    assert len(files.names()) > 10
     same = 0
-    for _ in range(FLIPS):
-        file = rng.choice(files)
-        before = file.read_bytes()
-        flip(file, rng)
+    for name in files.flipped_in_turn(files.names(), FLIPS, rng):
         try:
             loaded = dadvi.load_posterior(location)
         except DataError as error:
             if str(location) not in str(error):
                 raise
         else:
-            assert file.name == "zarr.json", f"{file} changed, and nobody noticed"
+            assert Path(name).name == "zarr.json", f"{name} changed, and nobody noticed"
             assert all_of(loaded) == all_of(fitted)
             same += 1
-        file.write_bytes(before)
     assert same < FLIPS // 4
     assert all_of(dadvi.load_posterior(location)) == all_of(fitted)
 
@@ -270,18 +262,14 @@ def stopped(data, tmp_path_factory):
     return run
 
 
-def test_no_flipped_byte_of_a_checkpoint_is_read(stopped, tmp_path):
-    rng, path = random.Random(1), tmp_path / "checkpoint"
+def test_no_flipped_byte_of_a_checkpoint_is_read(stopped):
+    rng, content = random.Random(1), (stopped / "checkpoint").read_bytes()
     for _ in range(FLIPS):
-        shutil.copy(stopped / "checkpoint", path)
-        flip(path, rng)
         with pytest.raises(DataError, match="is damaged"):
-            decoded(path.read_bytes(), "checkpoint")
-    content = (stopped / "checkpoint").read_bytes()
+            decoded(flipped(content, rng), "checkpoint")
     for length in (0, 1, 30, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
         with pytest.raises(DataError, match="is damaged"):
-            decoded(path.read_bytes(), "checkpoint")
+            decoded(content[:length], "checkpoint")
 
 
 def test_damaged_settings_are_refused(stopped, data, tmp_path):

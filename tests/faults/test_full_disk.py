@@ -8,13 +8,12 @@ from pathlib import Path
 
 import full_disk
 import pytest
-from command import Ran, dadvi, environment, write_data
+from command import CONVERGED, INTERNAL, STOPPED, Ran, dadvi, environment, write_data
 from interrupted import told
 
 from dadvi import load_posterior
 from dadvi.checkpoint import decoded
 
-CONVERGED, INTERNAL, BAD_INPUT, STOPPED = range(4)
 METHODS = {
     "anchored": ["--method", "anchored", "--tol", "0.001"],
     "advi": ["--method", "advi", "--max-passes", "8", "--tol", "1e-6"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import interrupted
 import pytest
 from clusters import free_port, scheduler_process, worker
-from command import assert_same_bits, command, dadvi, environment, write_data
+from command import INTERNAL, STOPPED, assert_same_bits, dadvi, listening, write_run
 from distributed import Client
 
 from dadvi.binding import bind_to
@@ -19,32 +19,20 @@ from dadvi.errors import WorkError
 from dadvi.executors import DaskExecutor
 from dadvi.passes import Gradient
 
-INTERNAL, STOPPED = 1, 3
 SETTINGS = ["--method", "advi", "--batch-rows", "250", "--max-passes", "12", "--tol", "1e-9", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A directory with data.zarr, model.py, and a serial run, which others are to equal."""
-    directory = tmp_path_factory.mktemp("schedulers")
-    data, model = write_data(directory)
-    ran = dadvi("fit", f"{model}:model", data, "--out", directory / "serial", "--serial", "--quiet", *SETTINGS)
-    assert ran.code == STOPPED, ran.err
-    return directory
+    return write_run(tmp_path_factory.mktemp("schedulers"), *SETTINGS)
 
 
 @contextmanager
 def fitting(world: Path, address: str, cwd: Path) -> Iterator[subprocess.Popen]:
     """Run a fit as a process, of which a step is done."""
     what = [f"{world / 'model.py'}:model", world / "data.zarr", "--out", "run", "--scheduler", address]
-    with subprocess.Popen(
-        command("fit", *what, *SETTINGS, "-v"),
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as running:
+    with listening("fit", *what, *SETTINGS, "-v", cwd=cwd) as running:
         while "ELBO" not in (line := running.stderr.readline()):
             assert line, "the fit ended before its first step"
         yield running

@@ -9,9 +9,18 @@ from pathlib import Path
 import psutil
 import pytest
 from clusters import scheduler_process, worker
-from command import FIELDS, MODEL, assert_interrupted, assert_same_bits, dadvi, listening, write_table
+from command import (
+    CONVERGED,
+    FIELDS,
+    MODEL,
+    STOPPED,
+    assert_interrupted,
+    assert_same_bits,
+    dadvi,
+    listening,
+    write_table,
+)
 
-CONVERGED, STOPPED = 0, 3
 ROWS, CHUNK = 60_000, 3_000  # more than the anchored solver holds, lest one round be all that it makes
 SLOW = """
 import time

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from dadvi.sharding import ingest, open_shards, write_shards
+from dadvi import ingest, open_shards, write_shards
 from dadvi.sharding.fieldspec import FieldSpec
 
 N = 1000

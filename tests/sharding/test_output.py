@@ -20,11 +20,15 @@ def test_output_that_exists_is_refused_and_unchanged(tmp_path, refused):
     assert open_shards(tmp_path / "out").num_rows == 5
 
 
+def assert_new_replaces_old(directory):
+    write_shards(directory / "out", OLD)
+    write_shards(directory / "out", NEW, overwrite=True)
+    assert open_shards(directory / "out").num_rows == 7
+    assert [path.name for path in directory.iterdir()] == ["out"]
+
+
 def test_output_is_replaced_when_asked(tmp_path):
-    write_shards(tmp_path / "out", OLD)
-    write_shards(tmp_path / "out", NEW, overwrite=True)
-    assert open_shards(tmp_path / "out").num_rows == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_new_replaces_old(tmp_path)
 
 
 def test_a_failure_keeps_what_was_there(tmp_path, refused):
@@ -98,7 +102,7 @@ def without_exchange(monkeypatch):
 
 @pytest.mark.usefixtures("without_exchange")
 def test_output_is_replaced_by_two_renames_where_it_must_be(tmp_path):
-    test_output_is_replaced_when_asked(tmp_path)
+    assert_new_replaces_old(tmp_path)
 
 
 @pytest.mark.usefixtures("without_exchange")

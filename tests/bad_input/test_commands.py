@@ -1,235 +1,17 @@
-"""Bad input, a row a mistake: what is said, with the value, the limit and the remedy, and that nothing is left behind.
+"""Bad input to commands, a row a mistake: what is said, with the value, the limit and the remedy.
 
 Commands run in this process through `main`, in one directory of files that are wrong in every way; each must end with
-exit code 2 and one line, and leave that directory as it was. Calls from Python must raise the class told.
+exit code 2 and one line, and leave that directory as it was.
 """
 
-import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
-import zarr
-from command import FIELDS, MODEL, dadvi, listing, unchanged, write_table
-from torch.distributions import Bernoulli, Normal, Poisson
-from zarr.storage import MemoryStore
-
-import dadvi as package
-from dadvi import quadratic
-from dadvi.errors import DataError, InputError, ModelError
-from dadvi.sharding import sampling
-from dadvi.structure import Structure
-
-ROWS, CHUNK, CHUNKS = 4_000, 100, 40
-BAD_CHUNK = 19  # in the middle: neither of the two that are looked at before a fit
-BAD_ROW = BAD_CHUNK * CHUNK + 7
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("bad")
-    write_tables(directory)
-    write_groups(directory)
-    write_models(directory)
-    data = ["data.zarr", "--out", "run", "--serial", "--quiet", "--max-passes", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        assert dadvi("fit", "model.py:model", *data).code in (0, 3)
-    shutil.copytree(directory / "run", directory / "newer_run")
-    edit(directory / "newer_run" / "posterior.zarr", "dadvi_posterior", "document", "format", value=2)
-    shutil.copytree(directory / "run" / "posterior.zarr", directory / "lost.zarr")
-    (directory / "lost.zarr" / "loc" / "c" / "0").unlink()
-    write_runs(directory)
-    return directory
-
-
-def write_tables(directory: Path) -> None:
-    table = write_table(directory / "table.csv")
-    (directory / "short.csv").write_text("y,x,g\n1,2.0,AA\n")
-    (directory / "header.csv").write_text("y,x,g\n")
-    (directory / "empty.csv").write_text("")
-    (directory / "notes.txt").write_text("not a table\n")
-    (directory / "damaged.parquet").write_bytes(b"PAR1 and then nothing")
-    table.to_parquet(directory / "table.parquet")
-    many = pd.DataFrame({"g": [f"g{i:03d}" for i in range(300)], "n": range(300), "when": pd.Timestamp("2026-01-01")})
-    many.to_parquet(directory / "many.parquet")
-    holes = pd.DataFrame({"x": [1.0, None, 3.0, None], "z": [0.5, 1.5, 2.5, 3.5]})
-    holes.to_csv(directory / "holes.csv", index=False)
-    pd.DataFrame({"x": [1.0, 2.0, np.inf, -np.inf]}).to_parquet(directory / "infinite.parquet")
-    pd.DataFrame({"x": [None, None]}, dtype=float).to_parquet(directory / "nothing.parquet")
-    pd.DataFrame({"x": [1.5, 1.5], "lambda": [1, 2]}).to_csv(directory / "constant.csv", index=False)
-
-
-def fields() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(ROWS)
-    return {"y": (rng.random(ROWS) < 1 / (1 + np.exp(-x))).astype(np.int64), "x": x, "m": rng.random((ROWS, 2))}
-
-
-def changed(name: str, row: int, value: object) -> dict[str, np.ndarray]:
-    values = fields()
-    values[name][row] = value
-    return values
-
-
-def write_groups(directory: Path) -> None:
-    sizes = {"chunk_rows": CHUNK, "shard_rows": 4 * CHUNK}
-    package.write_shards(directory / "data.zarr", fields(), **sizes)
-    package.write_shards(directory / "first.zarr", changed("y", 3, 2), **sizes)
-    package.write_shards(directory / "middle.zarr", changed("y", BAD_ROW, -1), **sizes)
-    write_foreign(directory / "nan.zarr", changed("x", 5, np.nan))
-    write_foreign(directory / "nan_middle.zarr", changed("x", BAD_ROW, np.nan))
-    write_foreign(directory / "infinite_middle.zarr", changed("x", BAD_ROW, -np.inf))
-    write_foreign(directory / "unequal.zarr", {"x": np.zeros(5), "y": np.zeros(7)})
-    write_foreign(directory / "rowless.zarr", {"x": np.zeros(0)})
-    zarr.open_group(directory / "empty.zarr", mode="w")
-    for name in ("newer.zarr", "changed.zarr", "damaged.zarr", "shard_lost.zarr"):
-        shutil.copytree(directory / "data.zarr", directory / name)
-    edit(directory / "newer.zarr", "dadvi", "format", value=7)
-    edit(directory / "changed.zarr", "dadvi", "manifest", "finite", value=False)
-    flip(directory / "damaged.zarr" / "x" / "c" / "0", 100)
-    (directory / "shard_lost.zarr" / "x" / "c" / "0").unlink()
-
-
-def write_foreign(path: Path, values: dict[str, np.ndarray]) -> None:
-    """Write a group that is not this package's, and thus may hold anything."""
-    group = zarr.open_group(path, mode="w")
-    for name, value in values.items():
-        group.create_array(name, data=value, chunks=(max(1, min(CHUNK, len(value))), *value.shape[1:]))
-
-
-def edit(group: Path, *keys: str, value: object) -> None:
-    """Set an entry, found by its keys, among the attributes of a group."""
-    document = json.loads((group / "zarr.json").read_text())
-    set_entry(group / "zarr.json", document, ("attributes", *keys), value)
-
-
-def set_entry(file: Path, document: Any, keys: tuple[str, ...], value: object) -> None:
-    """Write a document in which an entry, found by its keys, has another value than it had."""
-    entry = document
-    for key in keys[:-1]:
-        entry = entry[key]
-    assert entry[keys[-1]] != value
-    entry[keys[-1]] = value
-    file.write_text(json.dumps(document))
-
-
-def flip(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 0xFF
-    file.write_bytes(bytes(content))
-
-
-MODELS = """\
-import torch
-from torch.distributions import Bernoulli, Independent, Normal, Poisson
-
-import dadvi
-
-prior = {"a": Normal(0.0, 2.0), "b": Normal(0.0, 2.0)}
-
-
-def logistic(a, b, x):
-    return Bernoulli(logits=a + b * x)
-
-
-model = dadvi.Model(prior, logistic, observed="y")
-unknown_field = dadvi.Model(prior, lambda a, b, distance: Normal(a + b * distance, 1.0), observed="y")
-unknown_observed = dadvi.Model(prior, logistic, observed="late")
-unknown_weight = dadvi.Model(prior, logistic, observed="y", weight="w")
-unknown_dims = dadvi.Model({"e": Normal(torch.zeros(2), 1.0)}, lambda e, x: Normal(e[0] * x, 1.0), "y", dims={"e": "g"})
-observed_wide = dadvi.Model(prior, lambda a, b, x: Normal(a + b * x, 1.0), observed="m")
-not_by_row = dadvi.Model(prior, lambda a, b, x: Normal(a + b * (x - x.mean()), 1.0), observed="y")
-scalar = dadvi.Model(prior, log_likelihood=lambda a, b, x, y: Normal(a + b * x, 1.0).log_prob(y).sum())
-not_finite = dadvi.Model(prior, log_likelihood=lambda a, b, x, y: Normal(a, 1.0).log_prob(y) - 1 / (b * 0.0 + 0.0))
-raises = dadvi.Model(prior, lambda a, b, x: Normal(a + b @ x, 1.0), observed="y")
-tensor = dadvi.Model(prior, lambda a, b, x: a + b * x, observed="y")
-number = 3
-
-
-def broken(data):
-    return data.nothing
-
-
-wider = dadvi.Model({**prior, "b": Normal(0.0, 3.0)}, logistic, observed="y")
-"""
-
-
-JOBS = {
-    "unknown": "max_pases = 3\n",
-    "far": "z = 3\n",
-    "table": "[fit]\ntol = 0.1\n",
-    "twice": "max_passes = 3\nmax-passes = 4\n",
-    "text": "tol = 'small'\n",
-    "truth": "tol = true\n",
-    "fraction": "workers = 1.5\n",
-    "number": "model = 3\n",
-    "choice": "family = 'full'\n",
-    "flag": "serial = 'yes'\n",
-    "path": "out = ['run']\n",
-    "itself": "config = 'job.toml'\n",
-    "broken": "tol = \n",
-    "range": "tol = -1.0\n",
-    "whole": "model = 'model.py:model'\ndata = 'data.zarr'\n",
-}
-
-
-def write_models(directory: Path) -> None:
-    (directory / "model.py").write_text(MODELS)
-    (directory / "table_model.py").write_text(MODEL)
-    (directory / "syntax.py").write_text("x = 1\ny = = 2\n")
-    (directory / "fails.py").write_text("import dadvi\n\nmodel = dadvi.Model({}, None)\n")
-    (directory / "model.txt").write_text("model = 1\n")
-    for name, text in JOBS.items():
-        (directory / f"{name}.toml").write_text(text)
-    (directory / "latin.toml").write_bytes("model = 'é.py:m'\n".encode("latin-1"))
-
-
-def write_runs(directory: Path) -> None:
-    """Write a run that stopped and can go on, and copies of it that cannot."""
-    begun = ["--out", directory / "stopped", "--serial", "--quiet", "--method", "advi", "--tol", "1e-9"]
-    ran = dadvi("fit", f"{directory / 'model.py'}:model", directory / "data.zarr", *begun, "--max-passes", "2")
-    assert ran.code == 3, ran.err
-    copies: dict[str, tuple[tuple[str, ...], object]] = {
-        "version_run": (("versions", "torch"), "1.0"),
-        "python_run": (("origin",), {}),
-        "model_moved_run": (("origin", "model"), str(directory / "moved.py:model")),
-        "model_changed_run": (("origin", "model"), str(directory / "later.py:model")),
-        "prior_changed_run": (("origin", "model"), str(directory / "model.py:wider")),
-        "data_moved_run": (("origin", "data"), str(directory / "moved.zarr")),
-        "data_shorter_run": (("origin", "data"), str(directory / "shorter.zarr")),
-        "data_changed_run": (("origin", "data"), str(directory / "first.zarr")),
-        "data_chunked_run": (("origin", "data"), str(directory / "chunked.zarr")),
-        "optimizer_run": (("method", "optimizer"), {"object": "my.Optimizer"}),
-    }
-    for name, (keys, value) in copies.items():
-        shutil.copytree(directory / "stopped", directory / name)
-        settings = directory / name / "settings.json"
-        set_entry(settings, json.loads(settings.read_text()), keys, value)
-    (directory / "later.py").write_text(MODELS.replace("logits=a + b * x", "logits=a - b * x"))
-    package.write_shards(directory / "shorter.zarr", {name: value[:-7] for name, value in fields().items()})
-    package.write_shards(directory / "chunked.zarr", fields(), chunk_rows=2 * CHUNK, shard_rows=4 * CHUNK)
-    for name, content in {"empty": "", "cut": '{"method": {"name": "ADVI"', "list": "[1, 2]", "little": "{}"}.items():
-        shutil.copytree(directory / "stopped", directory / f"settings_{name}_run")
-        (directory / f"settings_{name}_run" / "settings.json").write_text(content)
-    for name in ("flipped", "cut", "other"):
-        shutil.copytree(directory / "stopped", directory / f"checkpoint_{name}_run")
-        shutil.rmtree(directory / f"checkpoint_{name}_run" / "posterior.zarr")  # as if it had been interrupted
-    flip(directory / "checkpoint_flipped_run" / "checkpoint", 1_000)
-    checkpoint = directory / "checkpoint_cut_run" / "checkpoint"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
-    (directory / "checkpoint_other_run" / "checkpoint").write_text("notes")
-
-
-# Commands -------------------------------------------------------------------------------------------------------------
+from bad_files import BAD_ROW
+from command import dadvi, listing, unchanged
 
 INGEST: dict[str, tuple[str, list[str]]] = {
     "file missing": (
@@ -304,6 +86,7 @@ INGEST: dict[str, tuple[str, list[str]]] = {
         ["--shuffle and --keep-order exclude one another"],
     ),
 }
+
 
 FIT: dict[str, tuple[str, list[str]]] = {
     "data missing": (
@@ -444,6 +227,7 @@ FIT: dict[str, tuple[str, list[str]]] = {
     "parent missing": ("model.py:model data.zarr --out no/run", ["cannot write to", "/no; create that directory"]),
 }
 
+
 JOB: dict[str, tuple[str, list[str]]] = {
     "file missing": ("gone.toml", ["cannot read the job file gone.toml: No such file or directory; give a TOML file"]),
     "file a directory": ("run", ["cannot read the job file run: Is a directory"]),
@@ -467,6 +251,7 @@ JOB: dict[str, tuple[str, list[str]]] = {
     "out of range": ("range.toml model.py:model data.zarr --out new", ["tol=-1.0: it must be positive and finite"]),
     "output exists": ("whole.toml --out run", ["run exists; choose another output"]),
 }
+
 
 DRY: dict[str, tuple[str, list[str]]] = {
     "output exists": ("model.py:model data.zarr --out run", ["run exists; choose another output"]),
@@ -494,6 +279,7 @@ DRY: dict[str, tuple[str, list[str]]] = {
         ["--rank is a setting of low_rank and --family is mean_field; drop one of them"],
     ),
 }
+
 
 RESUME: dict[str, tuple[str, list[str]]] = {
     "missing": ("gone", ["gone is not the directory of a run; give what a fit was told to write to"]),
@@ -542,11 +328,13 @@ RESUME: dict[str, tuple[str, list[str]]] = {
     "verbose and quiet": ("stopped --verbose", ["--verbose and --quiet exclude one another"]),
 }
 
+
 CHECKPOINT: dict[str, tuple[str, list[str]]] = {
     "flipped": ("checkpoint_flipped_run", ["checkpoint_flipped_run/checkpoint is damaged", "its checksum does not"]),
     "cut": ("checkpoint_cut_run", ["checkpoint_cut_run/checkpoint is damaged", "its checksum does not agree"]),
     "other": ("checkpoint_other_run", ["checkpoint_other_run/checkpoint is damaged", "does not begin as checkpoints"]),
 }
+
 
 ENVIRONMENT: dict[str, tuple[dict[str, str], list[str]]] = {
     "number": ({"DADVI_TOL": "small"}, ["Invalid value for '--tol'"]),
@@ -554,6 +342,7 @@ ENVIRONMENT: dict[str, tuple[dict[str, str], list[str]]] = {
     "choice": ({"DADVI_FAMILY": "full"}, ["Invalid value for '--family'", "'full_rank'"]),
     "flag": ({"DADVI_SERIAL": "perhaps"}, ["Invalid value for '--serial'"]),
 }
+
 
 SUMMARY: dict[str, tuple[str, list[str]]] = {
     "missing": ("gone", ["gone does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior"]),
@@ -565,6 +354,7 @@ SUMMARY: dict[str, tuple[str, list[str]]] = {
     "newer": ("newer_run", ["has format 2; this version of dadvi reads up to 1: upgrade dadvi"]),
     "part lost": ("lost.zarr", ["lost.zarr has changed since it was written: its digest is"]),
 }
+
 
 USAGE: dict[str, tuple[str, list[str]]] = {
     "command": ("resme run", ["No such command 'resme'"]),
@@ -582,12 +372,6 @@ USAGE: dict[str, tuple[str, list[str]]] = {
     "no data": ("fit model.py:model --out new", ["Missing argument 'DATA.zarr'"]),
     "no sources": ("ingest new.zarr", ["Missing argument 'SOURCE'"]),
 }
-
-
-@pytest.fixture
-def here(world, monkeypatch) -> Path:
-    monkeypatch.chdir(world)
-    return world
 
 
 def refuse(world: Path, arguments: str, fragments: list[str], options: tuple[str, ...] = ()) -> str:
@@ -704,251 +488,6 @@ def test_usage_is_told(here, mistake):
     text = refuse(here, arguments, fragments)
     assert text.startswith("Usage: dadvi ")
     assert text.splitlines()[-1].startswith("Error: ")
-
-
-# Rows that the checks before a fit do not see -------------------------------------------------------------------------
-
-BAD_ROWS = {
-    "nan": ("nan_middle.zarr", f"field 'x' has 1 rows that are not finite, the first in row {BAD_ROW} (value nan)"),
-    "support": (
-        "middle.zarr",
-        f"observed field 'y' has 1 rows outside the support of Bernoulli, the first in row {BAD_ROW}",
-    ),
-}
-
-
-SHARD_CHUNKS = {"nan_middle.zarr": CHUNKS, "middle.zarr": 4}  # all the foreign chunks together are less than 64 MiB
-
-
-@pytest.mark.parametrize("kind", BAD_ROWS)
-@pytest.mark.parametrize("met_in", ["curvature", "step"])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_bad_row_that_the_warm_start_does_not_meet_is_refused(world, monkeypatch, kind, met_in, seed):
-    """With a small subsample it is met in the measuring of curvature, or if that takes few chunks in a step."""
-    if met_in == "step":
-        monkeypatch.setattr(quadratic, "CURVATURE_WORK", 1)
-    name, message = BAD_ROWS[kind]
-    data = package.open_shards(world / name)
-    others = {int(chunk) for chunk in sampling.subsample(data.manifest, 2, seed)}
-    others |= (
-        {int(chunk) for chunk in quadratic.curvature_chunks(data.manifest, Structure.full(2), seed)}
-        if met_in == "step"
-        else set()
-    )
-    assert BAD_CHUNK not in others
-    method = package.ADVI(subsample_rows=2 * CHUNK, batch_rows=5 * CHUNK)
-    with pytest.raises(DataError) as refused:
-        package.fit(logistic(), data, method=method, seed=seed, client="serial", max_passes=3)
-    assert str(refused.value).startswith(met_in)
-    assert message in str(refused.value)
-    assert f"(shard {BAD_CHUNK // SHARD_CHUNKS[name]}, chunk {BAD_CHUNK})" in str(refused.value)
-
-
-def test_a_gradient_pass_refuses_rows_that_are_not_finite(world):
-    name, message = BAD_ROWS["nan"]
-    with pytest.raises(DataError) as refused:
-        package.full_gradient(logistic(), package.open_shards(world / name), torch.zeros(2), client="serial")
-    assert message in str(refused.value)
-    assert f"chunk {BAD_CHUNK}" in str(refused.value)
-
-
-# Calls from Python ----------------------------------------------------------------------------------------------------
-
-
-def logistic() -> package.Model:
-    prior = {"a": Normal(0.0, 2.0), "b": Normal(0.0, 2.0)}
-    return package.Model(prior, lambda a, b, x: Bernoulli(logits=a + b * x), observed="y")
-
-
-def fit(world: Path, data: str = "data.zarr", **settings: Any) -> None:
-    package.fit(logistic(), package.open_shards(world / data), **{"client": "serial", "max_passes": 3, **settings})
-
-
-def fit_poisson(world: Path) -> None:
-    model = package.Model({"a": Normal(0.0, 1.0)}, lambda a, x: Poisson((a * x).exp()), observed="x")
-    package.fit(model, package.open_shards(world / "data.zarr"), client="serial")
-
-
-Call = Callable[[Path], object]
-
-WRITE: dict[str, tuple[Call, list[str]]] = {
-    "nan": (
-        lambda world: package.write_shards(world / "new.zarr", {"x": np.array([0.0, np.nan, 1.0, np.nan])}),
-        ["field 'x' has 2 values that are NaN or infinite", "the first is nan in row 1. Remove or correct those rows"],
-    ),
-    "infinity": (
-        lambda world: package.write_shards(
-            world / "new.zarr", {"y": [0, 1], "x": torch.tensor([[1.0, 2.0], [3.0, -torch.inf]])}
-        ),
-        ["field 'x' has 1 values that are NaN or infinite", "the first is -inf in row 1"],
-    ),
-    "shuffled nan": (
-        lambda world: package.write_shards(world / "new.zarr", changed("x", BAD_ROW, np.nan), shuffle=0),
-        [f"the first is nan in row {BAD_ROW}"],
-    ),
-    "unequal length": (
-        lambda world: package.write_shards(world / "new.zarr", {"x": np.zeros(3), "y": np.zeros(4)}),
-        ["fields have unequal length: x has 3 rows, y has 4 rows"],
-    ),
-    "no rows": (
-        lambda world: package.write_shards(world / "new.zarr", {"x": np.zeros((0, 2))}),
-        ["empty data: field 'x' has shape (0, 2); at least one row"],
-    ),
-    "no fields": (lambda world: package.write_shards(world / "new.zarr", {}), ["empty data: no fields are given"]),
-    "text": (
-        lambda world: package.write_shards(world / "new.zarr", {"x": np.array(["a", "b"])}),
-        ["field 'x' has dtype <U1", "convert it to integer codes"],
-    ),
-    "code outside": (
-        lambda world: package.write_shards(world / "new.zarr", {"g": np.array([0, 3, 1])}, categories={"g": "abc"}),
-        ["field 'g' has 1 codes outside 0 to 2, its categories; the first is 3 in row 1"],
-    ),
-    "uint64": (
-        lambda world: package.write_shards(world / "new.zarr", {"n": np.array([1, 2**63], dtype=np.uint64)}),
-        ["field 'n' has 1 integers above 9223372036854775807, the largest usable", "in row 1"],
-    ),
-    "exists": (
-        lambda world: package.write_shards(world / "data.zarr", {"x": np.zeros(3)}),
-        ["data.zarr exists; choose another output, or replace it with overwrite=True"],
-    ),
-    "seed": (
-        lambda world: package.write_shards(world / "new.zarr", {"x": np.zeros(3)}, shuffle=-1),
-        ["=-1: it must be a whole number, at least 0"],
-    ),
-    "seed of ingest": (
-        lambda world: package.ingest(world / "table.csv", world / "new.zarr", FIELDS, shuffle=-1),
-        ["=-1: it must be a whole number, at least 0"],
-    ),
-}
-
-CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
-    "method": (lambda world: fit(world, method="nuts"), InputError, ["method='nuts': use 'auto'", "dadvi.ADVI()"]),
-    "family": (
-        lambda world: fit(world, family="flow"),
-        InputError,
-        ["'flow'", "'mean_field'", "'full_rank'", "'low_rank'"],
-    ),
-    "model": (
-        lambda world: package.fit(3, package.open_shards(world / "data.zarr")),
-        ModelError,
-        ["model is a int; give a"],
-    ),
-    "data": (
-        lambda world: package.fit(logistic(), "data.zarr"),
-        InputError,
-        ["data is a str; give what dadvi.open_shards"],
-    ),
-    "seed": (lambda world: fit(world, seed=1.5), InputError, ["seed=1.5: it must be a whole number, at least 0"]),
-    "tol": (lambda world: fit(world, tol=float("inf")), InputError, ["tol=inf: it must be positive and finite"]),
-    "max_passes": (
-        lambda world: fit(world, max_passes=-2),
-        InputError,
-        ["max_passes=-2: it must be positive and finite"],
-    ),
-    "optimizer": (lambda _: package.ADVI(optimizer="newton"), InputError, ["optimizer is 'newton'; known are 'adam'"]),
-    "schedule": (lambda _: package.ADVI(schedule="linear"), InputError, ["schedule is 'linear'; known are 'constant'"]),
-    "averaging": (lambda _: package.ADVI(averaging="ema"), InputError, ["averaging is 'ema'; known are"]),
-    "estimator": (lambda _: package.ADVI(estimator="iwae"), InputError, ["unknown estimator 'iwae'"]),
-    "design": (lambda _: package.ADVI(design="sobol"), InputError, ["'sobol'", "antithetic"]),
-    "batch_rows": (lambda _: package.ADVI(batch_rows=-5), InputError, ["batch_rows=-5: at least 1 row is needed"]),
-    "support": (
-        fit_poisson,
-        DataError,
-        ["observed field 'x' has", "rows outside the support of Poisson, the first in row 0"],
-    ),
-    "nan": (
-        lambda world: fit(world, "nan.zarr"),
-        DataError,
-        ["field 'x' has 1 rows that are not finite, the first in row 5"],
-    ),
-    "run_dir": (
-        lambda world: fit(world, run_dir=world / "run"),
-        InputError,
-        ["run exists; choose another output, or replace it with overwrite=True"],
-    ),
-    "data in memory on workers": (
-        lambda _: package.fit(logistic(), package.write_shards(MemoryStore(), fields()), client="tcp://127.0.0.1:1x"),
-        InputError,
-        ["'tcp://127.0.0.1:1x'"],
-    ),
-    "eta": (
-        lambda world: package.full_gradient(logistic(), package.open_shards(world / "data.zarr"), torch.zeros(2, 3)),
-        InputError,
-        ["eta has shape (2, 3); it must be (K, 2)"],
-    ),
-    "posterior missing": (lambda world: package.load_posterior(world / "gone"), DataError, ["gone does not exist"]),
-    "posterior exists": (
-        lambda world: package.load_posterior(world / "run" / "posterior.zarr").save(world / "lost.zarr"),
-        DataError,
-        ["lost.zarr exists; choose another output"],
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", WRITE)
-def test_writing_refuses(world, mistake):
-    call, fragments = WRITE[mistake]
-    with unchanged(world), pytest.raises(InputError) as refused:
-        call(world)
-    for fragment in fragments:
-        assert fragment in str(refused.value)
-
-
-@pytest.mark.parametrize("mistake", CALLS)
-def test_calls_refuse(world, mistake):
-    call, error, fragments = CALLS[mistake]
-    with unchanged(world), pytest.raises(error) as refused:
-        call(world)
-    for fragment in fragments:
-        assert fragment in str(refused.value)
-
-
-# Damage ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_posterior_with_any_byte_changed_is_refused_or_the_same(world, tmp_path):
-    """Bytes of numbers are all protected; those of JSON that say nothing may change without harm."""
-    whole = world / "run" / "posterior.zarr"
-    good = package.load_posterior(whole)
-    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
-    assert {str(file) for file in files} >= {"zarr.json", "loc/zarr.json", "loc/c/0", "log_scale/c/0"}
-    for file in files:
-        size = (whole / file).stat().st_size
-        refused = 0
-        positions = sorted(set(range(0, size, max(1, size // 25))) | {size - 1})
-        for position in positions:
-            copy = tmp_path / "copy.zarr"
-            shutil.copytree(whole, copy)
-            flip(copy / file, position)
-            loaded = loaded_or_none(copy)
-            refused += loaded is None
-            if loaded is not None:
-                assert file.name == "zarr.json", f"{file} changed at {position}, and nobody noticed"
-                assert loaded._to_json() == good._to_json()
-                for name, value in good.unconstrained.params.items():
-                    assert torch.equal(loaded.unconstrained.params[name], value)
-            shutil.rmtree(copy)
-        assert refused == len(positions) if file.name == "0" else refused > 0, file
-
-
-def loaded_or_none(path: Path) -> package.Posterior | None:
-    """Return the posterior, or None where it is refused as it should be."""
-    try:
-        return package.load_posterior(path)
-    except DataError as error:
-        if str(path) not in str(error):
-            raise
-        return None
-
-
-def test_a_posterior_with_a_changed_number_in_its_description_is_refused(world, tmp_path):
-    copy = tmp_path / "copy.zarr"
-    shutil.copytree(world / "run" / "posterior.zarr", copy)
-    edit(copy, "dadvi_posterior", "document", "elbo", value=package.load_posterior(copy).elbo + 1e-9)
-    with pytest.raises(
-        DataError, match=r"has changed since it was written: its digest is [0-9a-f]{64}, and [0-9a-f]{64}"
-    ):
-        package.load_posterior(copy)
 
 
 def test_the_listing_sees_what_is_left(tmp_path):
