@@ -463,6 +463,7 @@ class _Summers:
             if task.worker not in self._actors:
                 self._actors[task.worker] = await future
             call = asyncio.ensure_future(self._actors[task.worker].sum(work, np.array(task.chunks), check))
+            call.add_done_callback(_collected)  # also where an interrupt leaves nobody to wait for it
             while future.status == "finished":
                 done, _ = await asyncio.wait([call], timeout=LOST_SECONDS)
                 if done:
@@ -479,6 +480,12 @@ class _Summers:
         for worker in left:
             del self._futures[worker]
             self._actors.pop(worker, None)
+
+
+def _collected(call: asyncio.Future[Any]) -> None:
+    """Look at how a call ended: asyncio prints an error that nobody has looked at."""
+    if not call.cancelled():
+        call.exception()
 
 
 def as_it_is(value: T) -> T:
