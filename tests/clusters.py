@@ -1,12 +1,14 @@
 """Small clusters that close what they opened: in one process, in several, and as `dask scheduler` and `dask worker`."""
 
 import json
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -27,6 +29,12 @@ def processes() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(["distributed", "dadvi"])
     return context
+
+
+def elsewhere(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what some work returns that is done in a process of its own, which ends with it."""
+    with ProcessPoolExecutor(1, processes()) as pool:
+        return pool.submit(work, *arguments).result(timeout=120)
 
 
 @contextmanager
@@ -84,10 +92,12 @@ def daemon(arguments: Sequence[str], directory: Path, **variables: str) -> Itera
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Return a port of the loopback that nobody listens on, below those that systems give to whoever asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)  # tests that run beside this one ask, too
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_a_terminal_shows_a_live_line(world, tmp_path):
     assert code in (CONVERGED, STOPPED)
     assert out == "run/posterior.zarr\n"
     assert "\x1b[" in shown  # it moves the cursor
-    assert re.search(r"[\d.]+/30 passes  ELBO -[\d.]+  [\d,]+ rows/s  0:00:\d\d left at most", shown), shown
+    assert re.search(r"[\d.]+/30 passes  ELBO -[\d.]+  [\d,]+ rows/s  0:\d\d:\d\d left at most", shown), shown
     assert "warm start" in shown
     plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
     assert re.search(r"(converged|stopped): .*\([\d.]+ passes, [\d.]+ s\)\r\n$", plain), plain

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import full_disk
 import pytest
-from command import CONVERGED, INTERNAL, STOPPED, Ran, dadvi, environment, write_data
+from clusters import elsewhere
+from command import CONVERGED, INTERNAL, STOPPED, Ran, dadvi, write_data
+from full_disk import OTHER, dadvi_into_full_disk
 from interrupted import told
 
 from dadvi import load_posterior
@@ -36,18 +36,6 @@ def world(tmp_path_factory) -> Path:
 def fit_arguments(world: Path, method: str, run: Path) -> list[object]:
     settings = [*METHODS[method], "--seed", "2", "--serial", "--quiet", "--checkpoint-seconds", "0"]
     return ["fit", f"{world / 'model.py'}:model", world / "data.zarr", "--out", run, *settings]
-
-
-def run_into_full_disk(how: str, what: str, number: int, run: Path, before: Path, *arguments: object) -> Ran:
-    moment = [how, what, number, run, before]
-    ended = subprocess.run(
-        [sys.executable, full_disk.__file__, *map(str, [*moment, *arguments])],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Ran(ended.returncode, ended.stdout, ended.stderr)
 
 
 def assert_kept(ran: Ran, run: Path, before: Path, named: str, reason: str) -> None:
@@ -80,7 +68,7 @@ def assert_resumed(run: Path, quiet: Path) -> None:
 )
 def test_a_file_that_can_grow_no_further_ends_a_run_that_goes_on(world, tmp_path, method, what, number):
     run, before = tmp_path / "run", tmp_path / "before"
-    ran = run_into_full_disk("size", what, number, run, before, *fit_arguments(world, method, run))
+    ran = elsewhere(dadvi_into_full_disk, "size", what, number, run, before, *fit_arguments(world, method, run))
     # Whatever stops stochastic ADVI, it tries to write a last checkpoint: then that is what has no room.
     named = FILES["save" if (method, what) == ("advi", "append") else what]
     assert_kept(ran, run, before, named, "File too large")
@@ -90,7 +78,9 @@ def test_a_file_that_can_grow_no_further_ends_a_run_that_goes_on(world, tmp_path
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_that_cannot_grow_before_the_first_checkpoint_leaves_nothing_to_resume(world, tmp_path, method):
     run = tmp_path / "run"
-    ran = run_into_full_disk("size", "save", 1, run, tmp_path / "before", *fit_arguments(world, method, run))
+    ran = elsewhere(
+        dadvi_into_full_disk, "size", "save", 1, run, tmp_path / "before", *fit_arguments(world, method, run)
+    )
     written = f"cannot write {run / 'checkpoint'}: File too large; what was there before is as it was"
     assert (ran.code, ran.out, ran.err) == (INTERNAL, "", f"error: {written}. Make room, then fit again\n")
     assert list(tmp_path.iterdir()) == []
@@ -118,8 +108,8 @@ def disk(tmp_path) -> Iterator[Path]:
 )
 def test_a_full_disk_ends_a_run_that_goes_on(world, disk, tmp_path, how, method, what, number):
     run, before = disk / "run", tmp_path / "before"
-    ran = run_into_full_disk(how, what, number, run, before, *fit_arguments(world, method, run))
+    ran = elsewhere(dadvi_into_full_disk, how, what, number, run, before, *fit_arguments(world, method, run))
     assert_kept(ran, run, before, FILES[what], "No space left on device")
-    for file in disk.glob(f"{full_disk.OTHER}*"):
+    for file in disk.glob(f"{OTHER}*"):
         file.unlink()
     assert_resumed(run, world / method)
