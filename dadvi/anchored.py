@@ -106,7 +106,7 @@ class Anchored:
         measured on 20 000, or 200 for each dense coordinate.
     num_draws
         K, draws of q at which expectations of the likelihood are taken, besides its mean; None for as many, from 4 to
-        64, as keep K times coordinates times rows of the subsample within 2 million: small data have wide, skewed
+        256, as keep K times coordinates times rows of the subsample within 2 million: small data have wide, skewed
         posteriors. With the curvature of all the data 32, or fewer if a subsample that sees every group well says that
         these leave little unknown.
     curvature
@@ -403,7 +403,7 @@ class _Rounds:
 
     def unknown(self, state: _State) -> str | None:
         """Return in words what no step can tell, where that is more than the tolerance; None if a step can."""
-        certificate, num_draws = state.certificate, len(state.start.noise.likelihood.nodes)
+        certificate, num_draws = state.certificate, len(state.start.noise.likelihood.nodes) // 2 * 2  # without 0
         if certificate is None:
             return None
         if certificate.max <= self.tol < state.start.sd_noise:

@@ -3,7 +3,7 @@
     E f(ε) ≈ Σ_k w_k f(ε_k)
 
 Random draws leave every sd with the noise of their second moments. These rules come in pairs ±ε, so that their mean is
-0, and have unit variance in every coordinate exactly (orthogonal ones if there are a multiple of 2 dim of them).
+0, and all but few orthogonal ones have unit variance in every coordinate exactly.
 
 Each is the mean of several rules of its kind, made from independent random numbers: by what these differ, the error of
 the mean is known (randomised quasi-Monte Carlo: Owen 2013, "Monte Carlo theory, methods and examples", section 17.3).
@@ -77,18 +77,39 @@ def in_pairs(nodes: Tensor, rng: np.random.Generator) -> Rule:
 
 
 def orthogonal(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
-    """Return pairs ±√dim·q with q the rows of random orthogonal matrices, each exact for quadratics.
+    """Return pairs ±√dim·q with q rows of random orthogonal matrices, of the same weight.
+
+    The distance from 0 being fixed, what a function has of fourth order is told too small by 2/(dim + 2): this is for
+    draws fewer than coordinates, of which there are many.
+    """
+    return in_pairs(draw_noise("orthogonal", num_draws, dim, rng, fixed=True), rng)
+
+
+def spherical(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
+    """Return the stochastic spherical-radial rule of degree 3 (Genz & Monahan 1998), with 0 in common.
+
+    For each of some random orthogonal matrices with rows q, and ρ² ~ χ²(dim + 2), it is
+
+        (1 − dim/ρ²) f(0) + 1/(2ρ²) Σ_q [f(ρq) + f(−ρq)],
+
+    exact for cubics and unbiased whatever f: the error falls like 1/√K also where a posterior is wide and log π is no
+    polynomial. Of the matrices' ρ each is from a stratum of its own, so that the error is rather less than it is told.
 
     Parameters
     ----------
     num_draws
-        Nodes, rounded down to whole matrices: to a multiple of 2 dim, if there are as many.
+        Nodes but 0, rounded down to whole matrices: to a multiple of 2 dim; at least that.
 
     """
-    half = min(num_draws // 2, dim)  # pairs of a matrix
-    num_matrices = max(1, num_draws // (2 * dim))
-    nodes = draw_noise("orthogonal", 2 * half * num_matrices, dim, rng, fixed=True)
-    return Rule.mean_of(_blocks(num_matrices, half).repeat(1, 2) / 2, nodes, rng)
+    number = max(1, num_draws // (2 * dim))
+    strata = (np.arange(number) + rng.random(number)) / number
+    squares = torch.from_numpy(stats.chi2.ppf(strata, dim + 2))  # ρ² (number,)
+    unit = draw_noise("orthogonal", 2 * dim * number, dim, rng, fixed=True)[: dim * number] / math.sqrt(dim)
+    nodes = squares.sqrt().repeat_interleave(dim)[:, None] * unit
+    of_pairs = torch.diag(1 / (2 * squares)).repeat_interleave(dim, dim=1)
+    parts = torch.cat([(1 - dim / squares)[:, None], of_pairs, of_pairs], dim=1)
+    center = torch.zeros(1, dim, dtype=torch.float64)
+    return Rule.mean_of(parts, torch.cat([center, nodes, -nodes]), rng)
 
 
 def gauss_hermite(num_draws: int, dim: int, rng: np.random.Generator, num_points: int = 3) -> Rule:

@@ -19,7 +19,7 @@ from dadvi.local import Bends, LocalModel, Noise, Surrogate, Taylor, solve
 from dadvi.model import Model
 from dadvi.passes import HessianVector, scale
 from dadvi.quadratic import Curvature, largest_error, optimum, prior_draws, prior_hessian
-from dadvi.quadrature import Rule, gauss_hermite, orthogonal, stratified
+from dadvi.quadrature import Rule, gauss_hermite, orthogonal, spherical, stratified
 from dadvi.scales import Scales, find_scales
 from dadvi.structure import Arrowhead, Structure
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
@@ -69,9 +69,13 @@ to nine times that."""
 DIRECTIONS = 4
 """Directions of draws at least: by the differences of fewer, a single coordinate's error can look like none."""
 
-FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 64, 2e6, 16
+FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 256, 2e6, 16
 """Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
 them, unless told."""
+
+
+FEWEST_MATRICES = 2
+"""Of a spherical rule, by whose differences its error is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +133,11 @@ class Search:
     def _draws(self, noise_dim: int, stream: int = 0, num_points: int = 3) -> Noise:
         affordable = 2 * int(DRAWS_WORK / (2 * max(noise_dim, FEWEST_COORDINATES) * self.subsample.num_rows))
         num_draws = self.num_draws or min(MOST_DRAWS, max(FEWEST_DRAWS, affordable))
-        return fixed_draws(num_draws, noise_dim, random_stream(self.seed, Purpose.DRAWS, stream), num_points)
+        return self._fixed_draws(num_draws, noise_dim, stream, num_points)
+
+    def _fixed_draws(self, num_draws: int, noise_dim: int, stream: int, num_points: int) -> Noise:
+        rng, grouped = random_stream(self.seed, Purpose.DRAWS, stream), self.structure.groups.numel() > 0
+        return fixed_draws(num_draws, noise_dim, rng, num_points if grouped else None, self.subsample.model.affine)
 
     def find(self) -> tuple[Start, Bends | None]:
         """Fit the subsample, and narrow the result to what all the data will say.
@@ -210,9 +218,8 @@ class Search:
             return noise
 
         def drawn(num_draws: int, num_points: int) -> Noise:
-            stream = random_stream(self.seed, Purpose.DRAWS, 2)
-            dim = self.family.noise_dim(self.model.dim)
-            return replace(fixed_draws(num_draws, dim, stream, num_points), prior=noise.prior)
+            drawn = self._fixed_draws(num_draws, self.family.noise_dim(self.model.dim), 2, num_points)
+            return replace(drawn, prior=noise.prior)
 
         if not self.structure.groups.numel():
             return drawn(most, FEW_POINTS)
@@ -266,7 +273,9 @@ def _precision_noise(parts: Sequence[Arrowhead], factor: float, curvature: Curva
     return float((error / curvature.precision_diagonal).max())
 
 
-def fixed_draws(num_draws: int, noise_dim: int, rng: np.random.Generator, num_points: int = 3) -> Noise:
+def fixed_draws(
+    num_draws: int, noise_dim: int, rng: np.random.Generator, num_points: int | None, affine: bool
+) -> Noise:
     """Return the draws of a run.
 
     Parameters
@@ -276,12 +285,18 @@ def fixed_draws(num_draws: int, noise_dim: int, rng: np.random.Generator, num_po
     noise_dim
         Length of a draw.
     num_points
-        Of each Gauss-Hermite rule. With the same generator their directions are the same for 2 and 3.
+        Of Gauss-Hermite rules, for rows that depend on one uncertain latent each, such as the effect of their group.
+        With the same generator their directions are the same for 2 and 3. None for rules for rows that depend on many.
+    affine
+        Whether Hessians cost the same whatever the number of draws.
 
     """
     prior = stratified(max(prior_draws(noise_dim), num_draws), noise_dim, rng)
-    if num_draws >= 2 * noise_dim:
-        everywhere = orthogonal(num_draws, noise_dim, rng)
+    if num_draws >= FEWEST_MATRICES * 2 * noise_dim:
+        everywhere = spherical(num_draws, noise_dim, rng)
         return Noise(everywhere, everywhere, prior)
-    along = gauss_hermite(num_draws, noise_dim, rng, num_points)
-    return Noise(along, gauss_hermite(num_points - 1, noise_dim, rng, num_points), prior)
+    if num_points is not None:
+        along = gauss_hermite(num_draws, noise_dim, rng, num_points)
+        return Noise(along, gauss_hermite(num_points - 1, noise_dim, rng, num_points), prior)
+    everywhere = orthogonal(num_draws, noise_dim, rng)
+    return Noise(everywhere, everywhere if affine else orthogonal(2, noise_dim, rng), prior)

@@ -163,7 +163,7 @@ class MethodOptions:
     num_draws: Annotated[
         int | None,
         typer.Option(
-            help=f"Draws of the latents, for advi a step. Default: {ADVI.num_draws}, for anchored 4 to 64.",
+            help=f"Draws of the latents, for advi a step. Default: {ADVI.num_draws}, for anchored 4 to 256.",
             rich_help_panel=_EITHER,
         ),
     ] = None
