@@ -45,7 +45,7 @@ from dadvi.records import pack, record_classes, unpack
 from dadvi.sharding import Manifest, sampling
 from dadvi.structure import Arrowhead, Root, Structure
 from dadvi.subsample import Subsample, warm_start, warn_if_ordered
-from dadvi.types import FloatArray, IntArray, Purpose, random_stream
+from dadvi.types import FloatArray, IntArray, Purpose, is_number, random_stream
 from dadvi.whitening import Whitening
 
 LARGEST_BATCH, STEPS_PER_EPOCH = 65_536, 20
@@ -81,7 +81,8 @@ class ADVI:
         K, draws of the latents a step.
     optimizer
         ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"dowg"`` (Khaled et al. 2023), ``"proximal"`` (Domke
-        2020), or any first-order class of torch.optim, or a functools.partial of one.
+        2020), or any first-order class of torch.optim that takes vectors and dense gradients, or a
+        functools.partial of one.
     learning_rate
         In posterior sds; None for the optimiser's default.
     schedule
@@ -126,12 +127,11 @@ class ADVI:
     def __post_init__(self) -> None:
         for name in ("batch_rows", "subsample_rows"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: at least 1 row is needed")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise InputError(
-                f"learning_rate={self.learning_rate}: it must be positive and finite, in posterior sds a step"
-            )
+            if value is not None and not (is_number(value) and value >= 1):
+                raise InputError(f"{name}={value!r}: at least 1 row is needed")
+        rate = self.learning_rate
+        if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
+            raise InputError(f"learning_rate={rate!r}: it must be positive and finite, in posterior sds a step")
         for name, known in (("estimator", get_args(Entropy)), ("control_variate", get_args(ControlVariate))):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")

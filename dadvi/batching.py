@@ -48,7 +48,9 @@ class DrawsFirst(TorchFunctionMode):
         self._latents = {id(each): name for name, each in latents.items()}
         self._codes = {id(each): name for name, each in fields.items() if _are_codes(each)}
         self._picked = picked or {}
+        self._integers = {id(each): name for name, each in fields.items() if is_integer(each)}
         self.picks: dict[Pick, None] = {}  # that were met
+        self.codes: dict[str, None] = {}  # fields that were met as an index of anything
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,6 +58,9 @@ class DrawsFirst(TorchFunctionMode):
         """Evaluate a call of torch."""
         if len(args) == 2 and not kwargs:
             left, right = args
+            if func is torch.Tensor.__getitem__:
+                index = right if isinstance(right, tuple) else (right,)
+                self.codes |= {self._integers[id(each)]: None for each in index if id(each) in self._integers}
             if func in _PRODUCTS:
                 if left.dim() == 2 and right.dim() == 1 and left.shape[1] == len(right) <= NARROW:
                     return torch.matmul(right, left.mT)
@@ -96,6 +101,11 @@ def add_gradients(value: Tensor, leaves: Latents, picked: Picked, batch: Batch, 
     for (latent, field), grad in zip(picked, grads[len(leaves) :], strict=True):
         if grad is not None:
             totals[latent].index_add_(1, batch[field], grad.to(totals[latent].dtype))
+
+
+def is_integer(field: Tensor) -> bool:
+    """Return whether a field holds integers, which may be codes."""
+    return not (field.is_floating_point() or field.dtype == torch.bool)
 
 
 def _are_codes(field: Tensor) -> bool:

@@ -1,7 +1,9 @@
 """A model meets its data: names resolved, the likelihood checked on some rows, and how to evaluate it chosen."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +25,18 @@ CHECK_ROWS = 2_048
 FAR = 10.0
 """How far the points at which parameters are compared lie from one another, in each coordinate."""
 
+IN_TORCH = "in torch, without .item(), .detach(), .numpy() or NumPy functions of latents"
+
 AFFINE_AGREEMENT = 1e-3
 """Difference of two ways to a product of a Hessian, beside its largest element, up to which they agree in float32."""
+
+
+def check_types(model: Any, data: Any) -> None:
+    """Refuse what is not a model, or not a data set."""
+    if not isinstance(model, Model):
+        raise ModelError(f"model is a {type(model).__name__}; give a dadvi.Model")
+    if not isinstance(data, ShardedDataset):
+        raise InputError(f"data is a {type(data).__name__}; give what dadvi.open_shards or dadvi.write_shards returns")
 
 
 def end_chunks(data: ShardedDataset) -> list[int]:
@@ -58,10 +70,11 @@ def bind(model: Model, fields: Mapping[str, torch.dtype], chunks: Sequence[tuple
         If a name is unknown or ambiguous, the likelihood fails, has the wrong shape, is not finite at the start, or
         is not additive over rows.
     DataError
-        If these rows are not finite or lie outside the likelihood's support.
+        If these rows are not finite, have negative codes or lie outside the likelihood's support.
 
     """
     bound = _resolve_names(model, fields)
+    bound = replace(bound, codes=_codes(bound, chunks[0][1]))
     for first_row, batch in chunks:
         bound.check_values(batch, first_row)
         _check_result(bound, batch, first_row)
@@ -200,7 +213,10 @@ def _check_gradient(bound: BoundModel, batch: Batch) -> None:
     """Refuse a latent that moves the log-likelihood but gets no gradient, as after .item(), .detach() or NumPy."""
     space = bound.model.space
     eta = _start_and_nearby(bound.model)[1:]
-    value, grad = _value_and_grad(bound.log_lik, eta, batch)
+    with _told_of("the prior"):
+        _value_and_grad(lambda eta, _: bound.model.log_prior(eta) + eta[:, :0].sum(1), eta, batch)
+    with _told_of("the likelihood"):
+        value, grad = _value_and_grad(bound.log_lik, eta, batch)
     for site in space.sites:
         block = slice(site.offset, site.offset + site.size)
         if site.name not in bound.latents or grad[0, block].any():
@@ -209,10 +225,23 @@ def _check_gradient(bound: BoundModel, batch: Batch) -> None:
         moved[0, block] += 0.5
         if bound.log_lik(moved, batch).detach() != value:
             raise ModelError(
-                f"latent {site.name!r} changes the log-likelihood but no gradient reaches it; keep the likelihood in "
-                "torch, "
-                "without .item(), .detach(), .numpy() or NumPy functions of latents"
+                f"latent {site.name!r} changes the log-likelihood but no gradient reaches it; keep the likelihood "
+                f"{IN_TORCH}"
             )
+
+
+@contextmanager
+def _told_of(what: str) -> Iterator[None]:
+    """Tell of a function of the user's that fails where gradients are taken, though its values could be had."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # What torch advises, to detach the tensor, would leave the latent without a gradient.
+        numpy = "Can't call numpy() on Tensor that requires grad" in str(error)
+        reason = "it takes a latent to NumPy" if numpy else f"{type(error).__name__}: {error}"
+        raise ModelError(f"{what} has values but no gradients: {reason}; keep {what} {IN_TORCH}") from error
 
 
 def _fastest_strategy(bound: BoundModel, batch: Batch) -> Strategy:
@@ -240,6 +269,20 @@ def _support(bound: BoundModel, batch: Batch) -> tuple[str, Constraint] | None:
     distribution = bound.at_start(batch)
     support = fixed_support(distribution)
     return None if support is None else (type(distribution).__name__, support)
+
+
+def _codes(bound: BoundModel, batch: Batch) -> tuple[str, ...]:
+    """Return the integer fields by which the likelihood picks elements of tensors, of latents or of what it computes.
+
+    What it does after it has failed is not seen.
+    """
+    latents, _ = bound.model.space.constrain(bound.model.start[None])
+    one = {name: latents[name][0].to(bound.dtype) for name in bound.latents}
+    rows = bound._cast(batch)
+    mode = DrawsFirst(one, rows)
+    with suppress(Exception), unvalidated():  # `_check_result` tells of it
+        bound._call(one, rows, mode)
+    return tuple(mode.codes)
 
 
 def _picks(bound: BoundModel, batch: Batch) -> tuple[Pick, ...]:

@@ -31,6 +31,7 @@ from dadvi.errors import DataError, InputError, WorkError
 from dadvi.posterior import Posterior, TraceRow, load_posterior
 from dadvi.records import Packed
 from dadvi.runfiles import CHECKPOINT, MODEL, POSTERIOR, RESUME, SETTINGS, TRACE, below, files_at, is_run
+from dadvi.types import is_number
 
 MAGIC = b"dadvi checkpoint 1\n"
 """What a checkpoint begins with. Then come the sha256 of the rest, and the rest, an npz archive."""
@@ -273,8 +274,8 @@ class RunDirectory:
 
 def seconds_between(checkpoint_seconds: float) -> float:
     """Return the seconds between checkpoints; InputError if they cannot be."""
-    if not 0 <= checkpoint_seconds < math.inf:
-        raise InputError(f"checkpoint_seconds={checkpoint_seconds}: it must be at least 0, and finite")
+    if not (is_number(checkpoint_seconds) and 0 <= checkpoint_seconds < math.inf):
+        raise InputError(f"checkpoint_seconds={checkpoint_seconds!r}: it must be at least 0, and finite")
     return checkpoint_seconds
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dadvi.advi import ADVI
 from dadvi.anchored import Anchored
-from dadvi.binding import CHECK_ROWS, bind_to, end_chunks
+from dadvi.binding import CHECK_ROWS, bind_to, check_types, end_chunks
 from dadvi.checkpoint import RunDirectory, seconds_between
 from dadvi.clients import ClientLike, versions
 from dadvi.errors import DataError, InputError, ModelError
@@ -31,7 +31,7 @@ from dadvi.progress import make_reporter
 from dadvi.quadratic import DENSE_LIMIT, tangents_at_most
 from dadvi.sharding import ShardedDataset
 from dadvi.subsample import Subsample
-from dadvi.types import whole_number
+from dadvi.types import is_number, whole_number
 
 Method: TypeAlias = Anchored | ADVI
 """The settings of a method, which fit by it."""
@@ -108,9 +108,10 @@ def fit(
         If a setting is out of its range.
 
     """
-    _check_types(model, data)
+    check_types(model, data)
     chosen = make_family(family)
     check_limits(tol, max_passes)
+    callbacks = _callable(callbacks)
     seed = whole_number("seed", seed)
     bound = bind_to(model, data)
     settings = choose_method(method, bound, data, chosen)
@@ -168,8 +169,9 @@ def resume(
         If the checkpoint is damaged.
 
     """
-    _check_types(model, data)
+    check_types(model, data)
     check_limits(1.0, max_passes)
+    callbacks = _callable(callbacks)
     directory = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.existing(run_dir)
     directory.every = seconds_between(checkpoint_seconds)
     stored = directory.settings
@@ -344,7 +346,7 @@ def full_gradient(
         If `eta` has another number of coordinates than the model.
 
     """
-    _check_types(model, data)
+    check_types(model, data)
     points = torch.atleast_2d(torch.as_tensor(eta, dtype=torch.float64)).detach()
     if points.dim() != 2 or points.shape[1] != model.dim:
         raise InputError(f"eta has shape {tuple(points.shape)}; it must be (K, {model.dim}) for {model!r}")
@@ -355,10 +357,25 @@ def full_gradient(
 
 def check_limits(tol: float, max_passes: float | None) -> None:
     """Refuse limits of a run that are not positive and finite."""
-    if not 0 < tol < np.inf:
-        raise InputError(f"tol={tol}: it must be positive and finite, in posterior sds")
-    if max_passes is not None and not 0 < max_passes < np.inf:
-        raise InputError(f"max_passes={max_passes}: it must be positive and finite")
+    if not _positive(tol):
+        raise InputError(f"tol={tol!r}: it must be positive and finite, in posterior sds")
+    if max_passes is not None and not _positive(max_passes):
+        raise InputError(f"max_passes={max_passes!r}: it must be positive and finite")
+
+
+def _positive(value: float) -> bool:
+    return is_number(value) and 0 < value < np.inf
+
+
+def _callable(callbacks: Any) -> tuple[Callable[[TraceRow], None], ...]:
+    """Return callbacks as they are to be called, where all can be."""
+    if not isinstance(callbacks, Iterable):
+        raise InputError(f"callbacks is a {type(callbacks).__name__}; give a list of functions of a TraceRow")
+    given = tuple(callbacks)
+    for each in given:
+        if not callable(each):
+            raise InputError(f"callbacks has {each!r}, a {type(each).__name__}; give functions of a TraceRow")
+    return given
 
 
 def choose_method(method: Any, bound: BoundModel, data: ShardedDataset, family: Family) -> Method:
@@ -377,13 +394,6 @@ def _has_groups(bound: BoundModel, data: ShardedDataset, family: Family) -> bool
     """Tell whether the model's many coordinates are effects of groups, as rows of the first and last chunk show."""
     ends = Subsample.load(bound, data, end_chunks(data))
     return isinstance(family, MeanField) and find_structure(ends.top(CHECK_ROWS), seed=0) is not None
-
-
-def _check_types(model: Any, data: Any) -> None:
-    if not isinstance(model, Model):
-        raise ModelError(f"model is a {type(model).__name__}; give a dadvi.Model")
-    if not isinstance(data, ShardedDataset):
-        raise InputError(f"data is a {type(data).__name__}; give what dadvi.open_shards or dadvi.write_shards returns")
 
 
 def _coords(model: Model, data: ShardedDataset) -> Coords:

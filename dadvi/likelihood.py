@@ -47,6 +47,7 @@ class BoundModel:
     saved_bytes: float = 64.0  # by a differentiation of one row's log-likelihood at one draw, as measured
     affine: bool = False  # whether the parameters of the likelihood's distribution are affine in η
     picks: tuple[Pick, ...] = ()  # by which fields of codes the likelihood picks elements of which latents
+    codes: tuple[str, ...] = ()  # integer fields by which the likelihood picks elements of anything
     support: tuple[str, Constraint] | None = None  # of which distribution, where it is the same whatever its parameters
 
     def log_lik(self, eta: Tensor, batch: Batch) -> Tensor:
@@ -103,7 +104,7 @@ class BoundModel:
         return log_lik if self.model.weight is None else log_lik * rows[self.model.weight]
 
     def check_rows(self, batch: Batch, first_row: int, *, finite: bool = False) -> None:
-        """Refuse non-finite fields, negative weights and observed values outside the support.
+        """Refuse non-finite fields, negative codes and weights, and observed values outside the support.
 
         Parameters
         ----------
@@ -121,7 +122,7 @@ class BoundModel:
         self.check_observed(batch, first_row)
 
     def check_values(self, batch: Batch, first_row: int, *, finite: bool = False) -> None:
-        """Refuse non-finite fields and negative weights, as `check_rows`."""
+        """Refuse non-finite fields, negative codes and negative weights, as `check_rows`."""
         for name in () if finite else self.fields:
             if batch[name].is_floating_point():
                 if batch[name].sum().isfinite():  # as no sum with a NaN or an infinity is, and quicker to tell
@@ -134,6 +135,15 @@ class BoundModel:
                     f"field {name!r} has {{count}} rows that are not finite",
                     "drop or impute them",
                 )
+        for name in self.codes:
+            # torch would count from the end, and take the last group for what pandas' cat.codes call missing.
+            _refuse(
+                (batch[name] < 0).flatten(1).any(1) if batch[name].dim() > 1 else batch[name] < 0,
+                batch[name],
+                first_row,
+                f"field {name!r}, by which the likelihood picks, has {{count}} rows with a negative code",
+                "give missing values a code of their own, such as the number of categories, or drop them",
+            )
         if self.model.weight is not None:
             weight = batch[self.model.weight]
             _refuse(

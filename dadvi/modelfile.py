@@ -1,6 +1,7 @@
 """Files that models are written in: ``MODEL.py:NAME`` loaded, and its errors told with the line they came through."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,8 +91,14 @@ class ModelFile:
         finally:
             del sys.modules[module_name]
         if not hasattr(module, name):
-            models = ", ".join(key for key, value in vars(module).items() if isinstance(value, Model)) or "none"
-            raise ModelError(f"{path} has no {name!r}; the models in it are: {models}")
+            models = [key for key, value in vars(module).items() if isinstance(value, Model)]
+            functions = [
+                key
+                for key, value in vars(module).items()
+                if inspect.isfunction(value) and value.__module__ == module_name
+            ]
+            others = f"; the functions, of which one may return a model: {', '.join(functions)}" if functions else ""
+            raise ModelError(f"{path} has no {name!r}; the models in it are: {', '.join(models) or 'none'}{others}")
         if not isinstance(found, Model):
             what = "returned" if callable(getattr(module, name)) else "is"
             raise ModelError(

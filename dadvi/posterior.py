@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 import xarray as xr
 import zarr
 from torch import Tensor
+from torch.distributions.constraints import Constraint
+from zarr.errors import GroupNotFoundError
 
-from dadvi.binding import bind_to
+from dadvi.binding import bind_to, check_types
 from dadvi.clients import ClientLike
-from dadvi.errors import DataError, InputError
+from dadvi.errors import DataError, InputError, ModelError
 from dadvi.executors import Executor, make_executor
 from dadvi.families import Gaussian, MeanField, check_known, family_from
 from dadvi.model import Model
@@ -27,6 +30,7 @@ from dadvi.response import Response, expectations_of, from_curvature
 from dadvi.sharding import ShardedDataset
 from dadvi.sharding.location import Location, Options, open_store, resolve
 from dadvi.sharding.output import output
+from dadvi.sharding.reader import ATTRIBUTE as OF_DATA
 from dadvi.stopwatch import Profile
 from dadvi.structure import Arrowhead, Structure
 from dadvi.supports import support_from_json, support_to_json
@@ -130,8 +134,7 @@ class Posterior:
         how = f"{self.status}, {self.passes:.1f} passes"
         if self.certificate is not None:
             how += f", means within {self.certificate.max:.2g} sd of the optimum"
-        latents = ", ".join(f"{site.name}{list(site.shape)}" for site in self.space.sites)
-        return f"<Posterior {self.unconstrained.family.name} of {latents}: {how}>"
+        return f"<Posterior {self.unconstrained.family.name} of {_latents_in(self.space)}: {how}>"
 
     def sample(self, num_draws: int, seed: int = 0) -> dict[str, Tensor]:
         """Return independent draws of the latents, name to (num_draws, *shape), float64.
@@ -232,7 +235,8 @@ class Posterior:
         Raises
         ------
         InputError
-            If the fit held no curvature, one of `model` and `data` is missing, or the family is not mean field.
+            If the fit held no curvature, one of `model` and `data` is missing, the model has other latents than the
+            posterior, or the family is not mean field.
 
         """
         if model is None or data is None:
@@ -240,10 +244,27 @@ class Posterior:
                 raise InputError("linear_response needs model and data, or neither; give both")
             q = from_curvature(self.unconstrained.loc, self._curvature())
         else:
+            self._check_is_of(model, data)
             with make_executor(bind_to(model, data), data, client) as executor:
                 q = self._response(executor, seed).gaussian(self._curvature().structure)
         certificate = None if self.certificate is None else replace(self.certificate, sd_error=math.nan)
         return replace(self, unconstrained=q, elbo=math.nan, certificate=certificate)
+
+    def _check_is_of(self, model: Model, data: ShardedDataset) -> None:
+        """Refuse what is not a model or not a data set, and a model with other latents than were fitted."""
+        check_types(model, data)
+        own, others = map(_latents_in, (self.space, model.space))
+        if own != others:
+            raise ModelError(
+                f"the model is not that of the posterior: it has the latents {others}, and the posterior has {own}; "
+                "give the model that was fitted"
+            )
+        for site, other in zip(self.space.sites, model.space.sites, strict=True):
+            if _known(site.support) != _known(other.support):
+                raise ModelError(
+                    f"the model is not that of the posterior: {site.name!r} has the support {other.support!r} in it, "
+                    f"and {site.support!r} in the posterior; give the model that was fitted"
+                )
 
     def linear_response_of(
         self,
@@ -279,9 +300,11 @@ class Posterior:
         Raises
         ------
         InputError
-            If the family is not mean field, or a function is not one of latents to one number.
+            If the model has other latents than the posterior, the family is not mean field, or a function is not one
+            of latents to one number.
 
         """
+        self._check_is_of(model, data)
         means, gradients = expectations_of(functions, model, self.unconstrained, seed)
         with make_executor(bind_to(model, data), data, client) as executor:
             variances, passes = self._response(executor, seed).variances(gradients, tolerance, max_passes)
@@ -383,6 +406,18 @@ class Posterior:
         }
 
 
+def _latents_in(space: LatentSpace) -> str:
+    return ", ".join(f"{site.name}{list(site.shape)}" for site in space.sites)
+
+
+def _known(support: Constraint) -> Any:
+    """Return what can be compared of a support; None for one of the user's own."""
+    try:
+        return support_to_json(support)
+    except ModelError:
+        return None
+
+
 def load_posterior(location: Location, storage_options: Options = None) -> Posterior:
     """Read a posterior that `Posterior.save` wrote. Nothing stored in it is executed.
 
@@ -393,15 +428,27 @@ def load_posterior(location: Location, storage_options: Options = None) -> Poste
 
     """
     resolved = resolve(location, storage_options)
+    if isinstance(resolved, Path) and not resolved.exists():
+        raise DataError(
+            f"there is nothing at {resolved}; give what Posterior.save wrote, such as a run's posterior.zarr"
+        )
     try:
         group = zarr.open_group(open_store(resolved, storage_options, read_only=True), mode="r")
-        stored: Any = group.attrs[ATTRIBUTE]
+        attributes = group.attrs.asdict()
+        if ATTRIBUTE not in attributes:
+            what = "data set" if OF_DATA in attributes else "Zarr group"
+            raise DataError(f"{resolved} is a {what}, not a posterior; as data it is opened by open_shards")
+        stored: Any = attributes[ATTRIBUTE]
         document, recorded = stored["document"], stored["digest"]
         later = document["format"] > FORMAT
         params = {} if later else {name: np.asarray(array[...]) for name, array in group.arrays()}
         actual = "" if later else _digest(document, params)
     except DataError:
         raise
+    except GroupNotFoundError as error:
+        raise DataError(
+            f"there is no posterior at {resolved}; give what Posterior.save wrote, such as a run's posterior.zarr"
+        ) from error
     except Exception as error:
         # Damaged bytes make a store, a codec or a lookup raise anything.
         raise DataError(

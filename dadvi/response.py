@@ -24,6 +24,8 @@ from dadvi.quadrature import Rule, gauss_hermite, stratified
 from dadvi.structure import Arrowhead, Structure
 from dadvi.types import FloatArray, Purpose, random_stream
 
+IN_TORCH = "keep it in torch, without .item(), .detach(), .numpy() or NumPy functions of latents"
+
 PAIRS = 4
 """Pairs of draws at which the likelihood's derivatives are taken."""
 
@@ -160,9 +162,11 @@ def expectations_of(
     Raises
     ------
     InputError
-        If a function takes what is not a latent, or does not return one number.
+        If a function takes what is not a latent, fails, does not return one number, or hides latents from gradients.
 
     """
+    if not functions:
+        raise InputError("there are no functions; give at least one, such as {'a': lambda a: a}")
     nodes = stratified(prior_draws(q.dim), q.dim, random_stream(seed, Purpose.RESPONSE, 1)).nodes
     eta = q.transform(nodes).requires_grad_()
     latents, _ = model.space.constrain(eta)
@@ -172,12 +176,26 @@ def expectations_of(
         if unknown := sorted(set(required) - set(latents)):
             raise InputError(f"the function {name!r} takes {unknown[0]!r}; the latents are {', '.join(latents)}")
         taken = [latent for latent in (*required, *optional) if latent in latents]
-        values = [function(**{latent: latents[latent][k] for latent in taken}) for k in range(len(eta))]
+        try:
+            values = [function(**{latent: latents[latent][k] for latent in taken}) for k in range(len(eta))]
+        except Exception as error:
+            raise InputError(f"the function {name!r} failed: {type(error).__name__}: {error}; {IN_TORCH}") from error
+        if not isinstance(values[0], Tensor):
+            raise InputError(
+                f"the function {name!r} returned a {type(values[0]).__name__}; it must return one number as a tensor: "
+                f"{IN_TORCH}"
+            )
         if values[0].numel() != 1:
             raise InputError(
                 f"the function {name!r} returned shape {tuple(values[0].shape)}; it must return one number"
             )
-        mean = torch.stack([value.reshape(()) for value in values]).mean()
+        each = torch.stack([value.reshape(()).to(eta.dtype) for value in values])
+        if not each.requires_grad and (each != each[0]).any():  # a constant has no gradient, and no variance
+            raise InputError(
+                f"the function {name!r} changes with the latents, but no gradient reaches them; {IN_TORCH}, and "
+                "without comparisons, which have none"
+            )
+        mean = each.mean() + 0 * eta.sum()
         gradients.append(torch.autograd.grad(mean, eta, retain_graph=True)[0].sum(0))
         means.append(mean.detach())
     return torch.stack(means), torch.stack(gradients)

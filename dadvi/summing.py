@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from dadvi.batching import is_integer
 from dadvi.errors import DataError, InputError, ModelError, WorkError
 from dadvi.likelihood import BoundModel, concatenated
 from dadvi.passes import Pass, Summation, single_thread
@@ -140,7 +140,7 @@ def _told_where(
         codes = {
             name: f"{int(values.min())} to {int(values.max())}"
             for name, values in (batch or {}).items()
-            if not (values.is_floating_point() or values.dtype == torch.bool)
+            if is_integer(values)
         }
         raise DataError(
             f"{error} in {where}: an integer field indexes beyond a latent. Their values there: {codes}; give the "

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Mapping
 from enum import IntEnum
+from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
@@ -34,6 +35,11 @@ class Purpose(IntEnum):
     CURVATURE = 7
     FAMILY = 8
     RESPONSE = 9
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number, Python's or NumPy's, and can be compared with limits."""
+    return isinstance(value, Real)
 
 
 def whole_number(name: str, value: object) -> int:

@@ -149,6 +149,11 @@ def broken(data):
     return data.nothing
 
 
+def in_numpy(a, b, x):
+    return Bernoulli(logits=torch.tensor((a + b).numpy() + x.numpy()))
+
+
+numpy = dadvi.Model(prior, in_numpy, observed="y")
 wider = dadvi.Model({**prior, "b": Normal(0.0, 3.0)}, logistic, observed="y")
 """
 

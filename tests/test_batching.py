@@ -48,7 +48,7 @@ LOGITS = {
     "few items": lambda u, a, group, item: u[group] * a[item],
     "effects that are changed in place": lambda b, u, x, group: u[group].add_(x @ b),
     "one of two uses changed in place": lambda u, group: u[group].mul_(2.0) * u[group],
-    "codes from the end": lambda u, last, group: u[last] + u[group],
+    "codes from the end": lambda u, last, group: u[last + 0] + u[group],
     "codes that are computed": lambda u, group, item: u[(group + item) % GROUPS],
     "a slice": lambda u, x: x[:, 0] * u[2] + u[:4].sum() + x @ u[:4],
     "a product of matrices": lambda v, x, item: (x @ v[:4].T)[:, 0],
@@ -100,6 +100,17 @@ def test_picks_are_found_by_the_names_of_latent_and_codes():
         "codes that are computed": (),
     }
     assert {what: bound_to(LOGITS[what]).picks for what in picks} == picks
+
+
+def test_fields_that_index_anything_are_codes():
+    codes = {
+        "a product": (),
+        "effects": ("group",),
+        "two fields of one latent": ("group", "item"),
+        "effects of what was scaled before": ("group",),
+        "codes that are computed": (),
+    }
+    assert {what: bound_to(LOGITS[what]).codes for what in codes} == codes
 
 
 def test_only_latents_with_more_elements_than_rows_are_picked_apart_and_only_by_codes_that_count_up():

@@ -421,7 +421,10 @@ def test_the_models_of_a_file_are_named_when_another_is_asked_for(world, tmp_pat
     ran = fit(world, tmp_path / "run", model="modle")
     assert (ran.code, ran.err) == (
         BAD_INPUT,
-        f"error: {world / 'model.py'} has no 'modle'; the models in it are: model\n",
+        (
+            f"error: {world / 'model.py'} has no 'modle'; the models in it are: model; the functions, of which one "
+            "may return a model: likelihood, build\n"
+        ),
     )
 
 

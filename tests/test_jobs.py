@@ -396,3 +396,9 @@ def test_options_of_every_command_may_come_from_the_environment():
         told = " ".join(dadvi(name, "--help").out.split())
         for option in set(re.findall(r"--([a-z][a-z-]+)", told)) & {"scheduler", "workers", "serial", "overwrite"}:
             assert f"env var: DADVI_{option.upper()}" in told, f"{name} --{option}"
+
+
+def test_the_result_as_json_is_asked_for_by_one_variable_whatever_the_command():
+    for name in ("fit", "resume", "summary"):
+        told = " ".join(dadvi(name, "--help").out.split())
+        assert "env var: DADVI_JSON]" in told, name

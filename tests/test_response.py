@@ -1,6 +1,7 @@
 """Linear response: the true covariance where log π is quadratic, the closed form where it is not, by every route."""
 
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.distributions import Bernoulli, HalfNormal, Normal
 import dadvi
 from dadvi import response
 from dadvi.binding import bind_to
-from dadvi.errors import InputError
+from dadvi.errors import InputError, ModelError
 from dadvi.executors import SerialExecutor
 from dadvi.passes import expected_hessian
 from dadvi.probing import find_structure
@@ -212,7 +213,61 @@ def test_what_cannot_be_answered_is_refused_with_the_remedy(fitted):
         posterior.linear_response_of({"f": lambda gamma: gamma}, model, data)
     with refused(match=r"'f' returned shape \(5,\)"):
         posterior.linear_response_of({"f": lambda beta: beta}, model, data)
+    with refused(match="no functions; give at least one"):
+        posterior.linear_response_of({}, model, data)
+    with refused(match="'f' failed: IndexError: .*keep it in torch"):
+        posterior.linear_response_of({"f": lambda beta: beta[9]}, model, data)
+    with refused(match="'f' failed: RuntimeError: Can't call numpy.*keep it in torch, without .item"):
+        posterior.linear_response_of({"f": lambda beta: torch.tensor(beta.numpy().sum())}, model, data)
+    with refused(match="'f' returned a float; it must return one number as a tensor: keep it in torch"):
+        posterior.linear_response_of({"f": lambda beta: beta[0].item()}, model, data)
+    for hidden in (lambda beta: beta[0].detach(), lambda beta: beta[0] > posterior.unconstrained.loc[0]):
+        with refused(match="'f' changes with the latents, but no gradient reaches them; keep it in torch"):
+            posterior.linear_response_of({"f": hidden}, model, data)
     full = dadvi.fit(model, data, family="full_rank", client="serial")
     with refused(match="full_rank"):
         full.linear_response(model, data)
     np.testing.assert_allclose(covariance(full.linear_response()), covariance(full), rtol=1e-2)
+
+
+def test_a_constant_has_no_variance(fitted):
+    _, data, model, posterior = fitted("linear_regression")
+    functions = {"one": lambda beta: torch.tensor(1.0), "beta": lambda beta: beta[0]}
+    table = posterior.linear_response_of(functions, model, data)
+    assert tuple(table.loc["one"]) == (1.0, 0.0)
+    assert table.loc["beta", "sd"] > 0
+
+
+def test_another_model_than_was_fitted_is_refused_before_any_pass(fitted, tmp_path, monkeypatch):
+    _, data, model, posterior = fitted("linear_regression")
+    size = model.dim
+    posterior.save(tmp_path / "p.zarr")
+    stored = dadvi.load_posterior(tmp_path / "p.zarr")
+    stored.linear_response(model, data)
+    monkeypatch.delattr("dadvi.posterior.make_executor")
+
+    def linear(prior, likelihood):
+        return dadvi.Model(prior, likelihood, observed="y")
+
+    others = {
+        f"it has the latents beta[{size}], s[], and the posterior has beta[{size}]": {
+            "beta": Normal(torch.zeros(size), 1.0),
+            "s": Normal(0.0, 1.0),
+        },
+        "it has the latents beta[2], and": {"beta": Normal(torch.zeros(2), 1.0)},
+        "'beta' has the support GreaterThanEq(lower_bound=0.0) in it, and": {"beta": HalfNormal(torch.ones(size))},
+    }
+    for told, prior in others.items():
+        other = linear(prior, lambda beta, x: Normal(beta.sum() + x.sum(-1), 1.0))
+        for ask in (
+            lambda of, other=other: of.linear_response(other, data),
+            lambda of, other=other: of.linear_response_of({"f": lambda beta: beta[0]}, other, data),
+        ):
+            for of in (posterior, stored):
+                with pytest.raises(ModelError, match=re.escape(told)) as refused:
+                    ask(of)
+                assert "the model is not that of the posterior" in str(refused.value)
+    with pytest.raises(ModelError, match="model is a int; give a"):
+        posterior.linear_response(3, data)
+    with pytest.raises(InputError, match="data is a int; give what"):
+        posterior.linear_response_of({"f": lambda beta: beta[0]}, model, 3)

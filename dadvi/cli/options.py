@@ -151,7 +151,8 @@ class MethodOptions:
     method: Annotated[
         MethodName,
         typer.Option(
-            help="How to fit. auto: anchored, for up to 2000 coordinates besides effects of groups, else advi."
+            help="How to fit. auto: anchored, for up to 2000 coordinates besides effects of groups, else advi; or the "
+            "method whose settings, below, are given."
         ),
     ] = MethodName.AUTO
     batch_rows: Annotated[

@@ -16,11 +16,12 @@ def summary(
         str,
         typer.Argument(metavar="RUN", help="Directory that `dadvi fit --out` wrote, or a posterior: path or URL."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print mean, sd and quantiles of every latent."""
     posterior = load_posterior(_posterior_in(run))
-    if as_json:
+    if json:
         typer.echo(summary_json(posterior))
         return
     print_table(posterior)

@@ -107,8 +107,9 @@ def make_optimizer(
     except (TypeError, ValueError) as error:
         given = "".join(f", {name}={value}" for name, value in settings.items())
         raise InputError(
-            f"the optimizer {_name(optimizer)} refused to be made from {len(groups)} parameter groups{given}: {error}; "
-            "set its arguments with functools.partial(torch.optim.Class, lr=...)"
+            f"the optimizer {_name(optimizer)} refused to be made from {len(groups)} parameter groups{given}: {error}. "
+            "If that is an argument of it, set it with functools.partial; if it is the parameters, which are vectors, "
+            "take an optimizer for such, as 'adam'"
         ) from error
     if not isinstance(made, Optimizer):
         raise InputError(

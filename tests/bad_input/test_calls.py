@@ -9,7 +9,7 @@ import pytest
 import torch
 from bad_files import BAD_ROW, changed, fields, logistic
 from command import FIELDS, unchanged
-from torch.distributions import Normal, Poisson
+from torch.distributions import Bernoulli, HalfNormal, Normal, Poisson
 from zarr.storage import MemoryStore
 
 import dadvi as package
@@ -23,6 +23,28 @@ def fit(world: Path, data: str = "data.zarr", **settings: Any) -> None:
 def fit_poisson(world: Path) -> None:
     model = package.Model({"a": Normal(0.0, 1.0)}, lambda a, x: Poisson((a * x).exp()), observed="x")
     package.fit(model, package.open_shards(world / "data.zarr"), client="serial")
+
+
+def fit_one(world: Path, likelihood: Callable[..., object]) -> None:
+    model = package.Model({"a": Normal(0.0, 1.0)}, likelihood, observed="y")
+    package.fit(model, package.open_shards(world / "data.zarr"), client="serial")
+
+
+def fit_groups(_: Path, row: int, likelihood: Callable[..., object]) -> None:
+    g = np.arange(1_000) % 3
+    g[row] = -1
+    data = package.write_shards(MemoryStore(), {"y": np.arange(1_000) % 2, "g": g}, chunk_rows=100, shard_rows=200)
+    package.fit(package.Model({"u": Normal(torch.zeros(3), 1.0)}, likelihood, observed="y"), data, client="serial")
+
+
+class NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("none known")
 
 
 Call = Callable[[Path], object]
@@ -102,6 +124,98 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
         InputError,
         ["max_passes=-2: it must be positive and finite"],
     ),
+    "tol a text": (lambda world: fit(world, tol="a"), InputError, ["tol='a': it must be positive and finite"]),
+    "tol nothing": (lambda world: fit(world, tol=None), InputError, ["tol=None: it must be positive and finite"]),
+    "max_passes a text": (
+        lambda world: fit(world, max_passes="9"),
+        InputError,
+        ["max_passes='9': it must be"],
+    ),
+    "callback no function": (
+        lambda world: fit(world, callbacks=[print, 3]),
+        InputError,
+        ["callbacks has 3, a int; give functions of a TraceRow"],
+    ),
+    "callbacks no list": (
+        lambda world: fit(world, callbacks=print),
+        InputError,
+        ["callbacks is a builtin_function_or_method; give a list of functions"],
+    ),
+    "callback no function, resuming": (
+        lambda world: package.resume(
+            world / "run", logistic(), package.open_shards(world / "data.zarr"), callbacks=[3]
+        ),
+        InputError,
+        ["callbacks has 3, a int"],
+    ),
+    "checkpoint_seconds": (
+        lambda world: fit(world, run_dir=world / "new", checkpoint_seconds="a"),
+        InputError,
+        ["checkpoint_seconds='a': it must be at least 0, and finite"],
+    ),
+    "batch_rows a text": (lambda _: package.ADVI(batch_rows="a"), InputError, ["batch_rows='a': at least 1 row"]),
+    "learning_rate a text": (lambda _: package.ADVI(learning_rate="a"), InputError, ["learning_rate='a': it must be"]),
+    "optimizer of matrices": (
+        lambda _: package.ADVI(optimizer=torch.optim.Muon),
+        InputError,
+        ["Muon only supports 2D parameters", "if it is the parameters, which are vectors, take an optimizer for such"],
+    ),
+    "NumPy in the likelihood": (
+        lambda world: fit_one(world, lambda a, x: Bernoulli(logits=torch.tensor(a.numpy() + x.numpy()))),
+        ModelError,
+        ["it takes a latent to NumPy; keep the likelihood in torch, without .item(), .detach(), .numpy() or NumPy"],
+    ),
+    "NumPy in the prior": (
+        lambda world: package.fit(
+            package.Model(
+                {"s": HalfNormal(1.0), "a": lambda s: Normal(0.0, torch.tensor(s.numpy()))},
+                lambda a, x: Bernoulli(logits=a + x),
+                observed="y",
+            ),
+            package.open_shards(world / "data.zarr"),
+            client="serial",
+        ),
+        ModelError,
+        ["it takes a latent to NumPy; keep the prior in torch"],
+    ),
+    "likelihood without a derivative": (
+        lambda world: fit_one(world, lambda a, x: Bernoulli(logits=NoDerivative.apply(a) + x)),
+        ModelError,
+        ["the likelihood has values but no gradients: NotImplementedError: none known; keep the likelihood in torch"],
+    ),
+    "negative code": (
+        lambda world: fit_groups(world, 7, lambda u, g: Bernoulli(logits=u[g])),
+        DataError,
+        [
+            "field 'g', by which the likelihood picks, has 1 rows with a negative code, the first in row 7 (value -1)",
+            "give missing values a code of their own",
+        ],
+    ),
+    "negative code in the middle": (
+        lambda world: fit_groups(world, 507, lambda u, g: Bernoulli(logits=u[g])),
+        DataError,
+        ["'g', by which the likelihood picks, has 1 rows with a negative code, the first in row 507 (value -1)"],
+    ),
+    "negative code for what is computed": (
+        lambda world: fit_groups(world, 507, lambda u, g: Bernoulli(logits=(2 * u[:, None])[g, 0])),
+        DataError,
+        ["'g', by which the likelihood picks, has 1 rows with a negative code"],
+    ),
+    "posterior of data": (
+        lambda world: package.load_posterior(world / "data.zarr"),
+        DataError,
+        ["data.zarr is a data set, not a posterior; as data it is opened by open_shards"],
+    ),
+    "posterior of others": (
+        lambda world: package.load_posterior(world / "nan.zarr"),
+        DataError,
+        ["nan.zarr is a Zarr group, not a posterior"],
+    ),
+    "posterior in a directory of files": (
+        lambda world: package.load_posterior(world / "run"),
+        DataError,
+        ["there is no posterior at ", "run; give what Posterior.save wrote, such as a run's posterior.zarr"],
+    ),
     "optimizer": (lambda _: package.ADVI(optimizer="newton"), InputError, ["optimizer is 'newton'; known are 'adam'"]),
     "schedule": (lambda _: package.ADVI(schedule="linear"), InputError, ["schedule is 'linear'; known are 'constant'"]),
     "averaging": (lambda _: package.ADVI(averaging="ema"), InputError, ["averaging is 'ema'; known are"]),
@@ -133,7 +247,11 @@ CALLS: dict[str, tuple[Call, type[Exception], list[str]]] = {
         InputError,
         ["eta has shape (2, 3); it must be (K, 2)"],
     ),
-    "posterior missing": (lambda world: package.load_posterior(world / "gone"), DataError, ["gone does not exist"]),
+    "posterior missing": (
+        lambda world: package.load_posterior(world / "gone"),
+        DataError,
+        ["there is nothing at ", "gone; give what Posterior.save wrote"],
+    ),
     "posterior exists": (
         lambda world: package.load_posterior(world / "run" / "posterior.zarr").save(world / "lost.zarr"),
         DataError,

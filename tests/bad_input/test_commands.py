@@ -153,6 +153,10 @@ FIT: dict[str, tuple[str, list[str]]] = {
         ["the log-likelihood of row 0 is -inf at the starting point"],
     ),
     "likelihood raises": ("model.py:raises data.zarr", ["the likelihood failed on 100 rows", "(model.py in line 22)"]),
+    "likelihood in NumPy": (
+        "model.py:numpy data.zarr",
+        ["it takes a latent to NumPy; keep the likelihood in torch, without .item(), .detach(), .numpy()", "in line 3"],
+    ),
     "likelihood a tensor": (
         "model.py:tensor data.zarr",
         ["likelihood returned a Tensor; it must return a torch distribut"],
@@ -171,7 +175,10 @@ FIT: dict[str, tuple[str, list[str]]] = {
     "syntax": ("syntax.py:model data.zarr", ["syntax.py failed: SyntaxError: invalid syntax (syntax.py, line 2)"]),
     "name not in the file": (
         "model.py:modle data.zarr",
-        ["model.py has no 'modle'; the models in it are: model, unknown"],
+        [
+            "model.py has no 'modle'; the models in it are: model, unknown",
+            "; the functions, of which one may return a model: logistic, broken, in_numpy",
+        ],
     ),
     "no model": ("model.py:number data.zarr", ["model.py:number is a int; it must be a dadvi.Model, or a function"]),
     "model refused": (
@@ -346,10 +353,10 @@ ENVIRONMENT: dict[str, tuple[dict[str, str], list[str]]] = {
 
 SUMMARY: dict[str, tuple[str, list[str]]] = {
     "missing": ("gone", ["gone does not exist; give the directory that `dadvi fit --out` wrote, or a saved posterior"]),
-    "a file": ("table.csv", ["table.csv does not hold a posterior that can be read"]),
+    "a file": ("table.csv", ["there is no posterior at ", "table.csv; give what Posterior.save wrote"]),
     "a data set": (
         "data.zarr",
-        ["data.zarr does not hold a posterior that can be read", "give what Posterior.save wrote"],
+        ["data.zarr is a data set, not a posterior; as data it is opened by open_shards"],
     ),
     "newer": ("newer_run", ["has format 2; this version of dadvi reads up to 1: upgrade dadvi"]),
     "part lost": ("lost.zarr", ["lost.zarr has changed since it was written: its digest is"]),
