@@ -275,10 +275,11 @@ def optimum(family: Family, loc: Tensor, curvature: Curvature) -> Gaussian:
 class Certificate:
     """How far q is from the ELBO's optimum, as the full-data gradient and the curvature predict it.
 
-    `max` and `rms` are over the coordinates of the mean, in posterior sds. What a finite number of draws leaves unknown
+    `max` and `rms` are over the coordinates of the mean, in posterior sds: those of the inverse curvature, which a
+    mean-field q, narrower where coordinates are correlated, does not have. What a finite number of draws leaves unknown
     is part of them, and is by itself `floor`: the largest coordinate that it alone would make. `sd_error` is the
-    largest relative error of q's sds against the family's optimum; nan for a family whose optimal sds do not follow
-    from the curvature alone.
+    largest relative error of q's sds against the family's optimum, without what the draws leave unknown of that; nan
+    for a family whose optimal sds do not follow from the curvature alone.
     """
 
     max: float
