@@ -79,8 +79,8 @@ def in_pairs(nodes: Tensor, rng: np.random.Generator) -> Rule:
 def orthogonal(num_draws: int, dim: int, rng: np.random.Generator) -> Rule:
     """Return pairs ±√dim·q with q rows of random orthogonal matrices, of the same weight.
 
-    The distance from 0 being fixed, what a function has of fourth order is told too small by 2/(dim + 2): this is for
-    draws fewer than coordinates, of which there are many.
+    For fewer draws than a spherical rule takes to tell its error. The distance from 0 being fixed, what a function has
+    of fourth order is told too small by a fraction of 2/(dim + 2), whatever the number of draws.
     """
     return in_pairs(draw_noise("orthogonal", num_draws, dim, rng, fixed=True), rng)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dadvi.binding import IN_TORCH
 from dadvi.errors import InputError
 from dadvi.executors import Executor
 from dadvi.families import Arrow, FullRank, Gaussian
@@ -23,8 +24,6 @@ from dadvi.quadratic import DENSE_LIMIT, Curvature, prior_draws
 from dadvi.quadrature import Rule, gauss_hermite, stratified
 from dadvi.structure import Arrowhead, Structure
 from dadvi.types import FloatArray, Purpose, random_stream
-
-IN_TORCH = "keep it in torch, without .item(), .detach(), .numpy() or NumPy functions of latents"
 
 PAIRS = 4
 """Pairs of draws at which the likelihood's derivatives are taken."""
@@ -179,11 +178,13 @@ def expectations_of(
         try:
             values = [function(**{latent: latents[latent][k] for latent in taken}) for k in range(len(eta))]
         except Exception as error:
-            raise InputError(f"the function {name!r} failed: {type(error).__name__}: {error}; {IN_TORCH}") from error
+            raise InputError(
+                f"the function {name!r} failed: {type(error).__name__}: {error}; keep it {IN_TORCH}"
+            ) from error
         if not isinstance(values[0], Tensor):
             raise InputError(
                 f"the function {name!r} returned a {type(values[0]).__name__}; it must return one number as a tensor: "
-                f"{IN_TORCH}"
+                f"keep it {IN_TORCH}"
             )
         if values[0].numel() != 1:
             raise InputError(
@@ -192,8 +193,8 @@ def expectations_of(
         each = torch.stack([value.reshape(()).to(eta.dtype) for value in values])
         if not each.requires_grad and (each != each[0]).any():  # a constant has no gradient, and no variance
             raise InputError(
-                f"the function {name!r} changes with the latents, but no gradient reaches them; {IN_TORCH}, and "
-                "without comparisons, which have none"
+                f"the function {name!r} changes with the latents, but no gradient reaches them; keep it {IN_TORCH}, "
+                "and without comparisons, which have none"
             )
         mean = each.mean() + 0 * eta.sum()
         gradients.append(torch.autograd.grad(mean, eta, retain_graph=True)[0].sum(0))

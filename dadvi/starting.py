@@ -73,7 +73,6 @@ FEWEST_DRAWS, MOST_DRAWS, DRAWS_WORK, FEWEST_COORDINATES = 4, 256, 2e6, 16
 """Draws of q, and the product of draws, coordinates (or `FEWEST_COORDINATES`) and rows of the subsample that bounds
 them, unless told."""
 
-
 FEWEST_MATRICES = 2
 """Of a spherical rule, by whose differences its error is known."""
 
@@ -214,12 +213,13 @@ class Search:
         enough rows to tell.
         """
         most = self.num_draws or TAYLOR_DRAWS
-        if len(noise.likelihood.nodes) > most:
+        # What is affordable on S is so on all the data if S is all of them.
+        if len(noise.likelihood.nodes) > most and (self.num_draws is not None or self.factor == 1):
             return noise
 
         def drawn(num_draws: int, num_points: int) -> Noise:
-            drawn = self._fixed_draws(num_draws, self.family.noise_dim(self.model.dim), 2, num_points)
-            return replace(drawn, prior=noise.prior)
+            fixed = self._fixed_draws(num_draws, self.family.noise_dim(self.model.dim), 2, num_points)
+            return replace(fixed, prior=noise.prior)
 
         if not self.structure.groups.numel():
             return drawn(most, FEW_POINTS)

@@ -255,6 +255,13 @@ def test_small_logistic_regression_differs_from_laplace(write, num_draws, close)
         assert posterior.status == "converged"
 
 
+def test_draws_that_a_small_subsample_affords_are_too_many_for_all_the_data(write, visits):
+    data = write(logistic_fields(4_000, 3), chunk_rows=100)
+    method = dadvi.Anchored(subsample_rows=200, curvature="data")
+    dadvi.fit(logistic_model(3), data, method=method, client="serial", max_passes=1)
+    assert len(visits[-1][3].noise.likelihood.nodes) <= method.points_at_most + 1
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("prior_sd", "num_draws"), [(3.0, None), (10.0, None), (10.0, 1024)])
 def test_a_wide_posterior_is_as_near_as_its_certificate_says(write, prior_sd, num_draws, seed):
